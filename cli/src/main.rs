@@ -1,0 +1,2 @@
+//! The `lora-kernels` command.
+fn main() {}

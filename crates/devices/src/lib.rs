@@ -1,0 +1,1 @@
+//! The device that tests and tools run kernels on.

@@ -1,0 +1,1 @@
+//! Executes NVIDIA PTX on the CPU.

@@ -1,0 +1,1 @@
+//! Low-rank adapters on dense and NF4 weights.
