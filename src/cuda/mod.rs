@@ -1,0 +1,11 @@
+//! The kernels, behind safe calls: one module per file of `kernels/`, with the same name.
+//!
+//! Every call has the same three steps, which data flows through one way: *check* the shapes, *plan* (a pure function of
+//! shape and device: which entry, which grid, how much workspace), *launch* on the caller's [`Queue`]. A queue is a CUDA
+//! stream, or anything else that executes the same PTX.
+
+mod queue;
+mod view;
+
+pub use queue::{Kernel, Launch, Properties, Queue};
+pub use view::{MemoryId, View, ViewMut};

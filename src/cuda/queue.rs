@@ -1,0 +1,71 @@
+//! Where launches go.
+
+use super::MemoryId;
+use crate::Result;
+
+/// An entry of one of the compiled modules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// The file of `kernels/` that it comes from, without `.cu`.
+    pub module: &'static str,
+    /// The name after `.entry`.
+    pub entry: &'static str,
+}
+
+/// One launch. `params` is the kernel's only parameter, a plain C struct passed by value.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// What to run.
+    pub kernel: Kernel,
+    /// Blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// The bytes of the parameter struct.
+    pub params: &'a [u8],
+}
+
+/// What plans need to know of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Properties {
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// Dynamic shared memory that a block may opt in to, in bytes.
+    pub max_shared_bytes: u32,
+    /// The memory that launches can reach.
+    pub memory: MemoryId,
+}
+
+/// An in-order queue of launches on one device: a CUDA stream, or the emulator.
+///
+/// # Safety
+/// 1. [`properties`](Queue::properties) names the memory that `launch` reads and writes, and never changes.
+/// 2. Launches take effect in the order of the calls.
+pub unsafe trait Queue {
+    /// The device behind the queue.
+    fn properties(&self) -> &Properties;
+
+    /// Enqueues one launch. Allocates nothing on the device and does not wait for it.
+    ///
+    /// # Safety
+    /// `params` is what `kernel` declares, and every pointer in it is valid for what the kernel does with it until the
+    /// launch has completed.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) when the device refuses it.
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Copies `bytes` to device memory at `destination`, in order with the launches. For tables that are made once, not
+    /// for the path of every token.
+    ///
+    /// # Safety
+    /// `destination` is valid for writes of `bytes.len()` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) when the device refuses it.
+    unsafe fn upload(&self, destination: u64, bytes: &[u8]) -> Result<()>;
+}

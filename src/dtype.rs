@@ -1,0 +1,95 @@
+//! The floating-point types that tensors are stored in.
+
+use std::fmt;
+
+use half::{bf16, f16};
+
+/// A storage type for weights, activations and adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16: the upper half of a binary32.
+    BF16,
+}
+
+impl DType {
+    /// All of them, widest first.
+    pub const ALL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// The unit roundoff: a value rounded to nearest in this type is off by at most this share of itself.
+    pub const fn unit_roundoff(self) -> f64 {
+        match self {
+            DType::F32 => 1.0 / (1u64 << 24) as f64,
+            DType::F16 => 1.0 / (1u64 << 11) as f64,
+            DType::BF16 => 1.0 / (1u64 << 8) as f64,
+        }
+    }
+
+    /// The suffix of kernel entries and of our own messages: `f32`, `f16`, `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type that is one of [`DType`]: `f32`, [`half::f16`], [`half::bf16`].
+pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + PartialEq + fmt::Debug + 'static {
+    /// Which one.
+    const DTYPE: DType;
+    /// Widens, exactly.
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest, ties to even; NaN stays NaN.
+    fn from_f32(value: f32) -> Self;
+    /// Rounds to nearest in one step, ties to even.
+    fn from_f64(value: f64) -> Self;
+    /// Widens, exactly.
+    fn to_f64(self) -> f64 {
+        f64::from(self.to_f32())
+    }
+}
+
+macro_rules! element {
+    ($type:ty, $dtype:expr, $to:expr, $from32:expr, $from64:expr) => {
+        impl sealed::Sealed for $type {}
+        impl Element for $type {
+            const DTYPE: DType = $dtype;
+            fn to_f32(self) -> f32 {
+                $to(self)
+            }
+            fn from_f32(value: f32) -> Self {
+                $from32(value)
+            }
+            fn from_f64(value: f64) -> Self {
+                $from64(value)
+            }
+        }
+    };
+}
+
+element!(f32, DType::F32, |v| v, |v| v, |v| v as f32);
+element!(f16, DType::F16, f16::to_f32, f16::from_f32, f16::from_f64);
+element!(bf16, DType::BF16, bf16::to_f32, bf16::from_f32, bf16::from_f64);

@@ -1,0 +1,127 @@
+//! Host tensors as files hold them: a shape, and elements of one [`DType`], row-major.
+
+use half::{bf16, f16};
+
+use crate::{DType, Element, Error, Result};
+
+/// A dense row-major tensor in host memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    data: Data,
+}
+
+/// The elements of a [`Tensor`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Data {
+    /// f32 elements.
+    F32(Vec<f32>),
+    /// f16 elements.
+    F16(Vec<f16>),
+    /// bf16 elements.
+    BF16(Vec<bf16>),
+}
+
+/// Runs `$body` with `$slice` bound to the typed elements.
+macro_rules! each_dtype {
+    ($data:expr, $slice:ident => $body:expr) => {
+        match $data {
+            $crate::tensor::Data::F32($slice) => $body,
+            $crate::tensor::Data::F16($slice) => $body,
+            $crate::tensor::Data::BF16($slice) => $body,
+        }
+    };
+}
+
+impl Data {
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::BF16(_) => DType::BF16,
+        }
+    }
+
+    /// How many elements there are.
+    pub fn len(&self) -> usize {
+        each_dtype!(self, v => v.len())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Tensor {
+    /// Takes `data` as a tensor of `shape`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the shape's product is not the number of elements (or overflows).
+    pub fn new(shape: impl Into<Vec<usize>>, data: Data) -> Result<Self> {
+        let shape = shape.into();
+        match numel(&shape) {
+            Some(n) if n == data.len() => Ok(Self { shape, data }),
+            _ => Err(Error::argument("data", format!("the elements of shape {shape:?}"), data.len())),
+        }
+    }
+
+    /// Rounds f32 values to `dtype`.
+    ///
+    /// # Errors
+    /// As [`Tensor::new`].
+    pub fn from_f32(shape: impl Into<Vec<usize>>, values: &[f32], dtype: DType) -> Result<Self> {
+        let data = match dtype {
+            DType::F32 => Data::F32(values.to_vec()),
+            DType::F16 => Data::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
+            DType::BF16 => Data::BF16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
+        };
+        Self::new(shape, data)
+    }
+
+    /// Sizes of the dimensions, slowest first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.data.dtype()
+    }
+
+    /// The elements, row-major.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// How many elements there are.
+    pub fn numel(&self) -> usize {
+        self.data.len()
+    }
+
+    /// The elements as `T`, when that is their type.
+    pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
+        (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(self.as_bytes()))
+    }
+
+    /// The elements as little-endian bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        each_dtype!(&self.data, v => bytemuck::cast_slice(v))
+    }
+
+    /// The elements widened to f32, exactly.
+    pub fn to_f32(&self) -> Vec<f32> {
+        each_dtype!(&self.data, v => v.iter().map(|e| e.to_f32()).collect())
+    }
+
+    /// The elements widened to f64, exactly.
+    pub fn to_f64(&self) -> Vec<f64> {
+        each_dtype!(&self.data, v => v.iter().map(|e| e.to_f64()).collect())
+    }
+}
+
+/// The product of a shape, unless it overflows.
+pub(crate) fn numel(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+}
