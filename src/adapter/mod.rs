@@ -1,11 +1,23 @@
-//! Adapters: the parameters that a file holds, and the scale that its configuration gives them.
+//! Adapters: the parameters that a file holds, the scale that its configuration gives them, and what they do to a weight.
+//!
+//! Each kind is a type of its own, checked when it is made. [`Adapter`] is any one of them.
 
-use crate::Tensor;
+mod adalora;
+mod dora;
+mod embedding;
+mod lora;
+
+pub use adalora::AdaLora;
+pub use dora::Dora;
+pub use embedding::EmbeddingLora;
+pub use lora::{Lora, Scaling};
+
+use crate::{Error, Result, Tensor};
 
 /// One adapted module, by kind.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Adapter {
-    /// LoRA and rsLoRA (they differ in how `scaling` came about).
+    /// LoRA and rsLoRA (they differ in how [`Lora::scaling`] came about).
     Lora(Lora),
     /// DoRA: LoRA with a trained magnitude per output.
     Dora(Dora),
@@ -15,54 +27,123 @@ pub enum Adapter {
     Embedding(EmbeddingLora),
 }
 
-/// `delta = scaling * lora_b @ lora_a` (Hu et al. 2021, arXiv:2106.09685).
-#[derive(Debug, Clone, PartialEq)]
-pub struct Lora {
+impl Adapter {
+    /// Rows of `lora_a`; 0 is a valid rank, with a delta of zero.
+    pub fn rank(&self) -> usize {
+        self.lora_a().shape()[0]
+    }
+
+    /// Columns of `lora_a`: the inputs of the module (the vocabulary of an embedding).
+    pub fn in_features(&self) -> usize {
+        self.lora_a().shape()[1]
+    }
+
+    /// Rows of `lora_b`: the outputs of the module (the width of an embedding).
+    pub fn out_features(&self) -> usize {
+        self.lora_b().shape()[0]
+    }
+
+    /// What `lora_b @ lora_a` (AdaLoRA: `lora_b @ (lora_a * lora_e)`) is multiplied by.
+    pub fn scaling(&self) -> f64 {
+        match self {
+            Adapter::Lora(lora) => lora.scaling(),
+            Adapter::Dora(dora) => dora.lora().scaling(),
+            Adapter::AdaLora(adalora) => adalora.scaling(),
+            Adapter::Embedding(embedding) => embedding.scaling(),
+        }
+    }
+
+    /// Whether the base weight is stored `[in, out]` (GPT-2's Conv1D, embeddings); the factors never are.
+    pub fn fan_in_fan_out(&self) -> bool {
+        match self {
+            Adapter::Lora(lora) => lora.fan_in_fan_out(),
+            Adapter::Dora(dora) => dora.lora().fan_in_fan_out(),
+            Adapter::AdaLora(adalora) => adalora.fan_in_fan_out(),
+            Adapter::Embedding(_) => true,
+        }
+    }
+
+    /// The base weight's shape as it is stored: `[out, in]`, or `[in, out]` with [`Adapter::fan_in_fan_out`].
+    pub fn weight_shape(&self) -> [usize; 2] {
+        match (self.out_features(), self.in_features()) {
+            (n, k) if self.fan_in_fan_out() => [k, n],
+            (n, k) => [n, k],
+        }
+    }
+
     /// `[rank, in]`.
-    pub lora_a: Tensor,
+    pub fn lora_a(&self) -> &Tensor {
+        match self {
+            Adapter::Lora(lora) => lora.lora_a(),
+            Adapter::Dora(dora) => dora.lora().lora_a(),
+            Adapter::AdaLora(adalora) => adalora.lora_a(),
+            Adapter::Embedding(embedding) => embedding.lora_a(),
+        }
+    }
+
     /// `[out, rank]`.
-    pub lora_b: Tensor,
-    /// `[out]`, added as `scaling * bias` (PEFT's `lora_bias`).
-    pub lora_bias: Option<Tensor>,
-    /// `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA, with this module's own alpha and rank.
-    pub scaling: f64,
-    /// Whether the base weight is stored `[in, out]` (GPT-2's Conv1D); the factors never are.
-    pub fan_in_fan_out: bool,
+    pub fn lora_b(&self) -> &Tensor {
+        match self {
+            Adapter::Lora(lora) => lora.lora_b(),
+            Adapter::Dora(dora) => dora.lora().lora_b(),
+            Adapter::AdaLora(adalora) => adalora.lora_b(),
+            Adapter::Embedding(embedding) => embedding.lora_b(),
+        }
+    }
 }
 
-/// `W' = magnitude / ||W + delta||_row * (W + delta)` (Liu et al. 2024, arXiv:2402.09353).
-#[derive(Debug, Clone, PartialEq)]
-pub struct Dora {
-    /// The direction's update.
-    pub lora: Lora,
-    /// `[out]`.
-    pub magnitude: Tensor,
+impl From<Lora> for Adapter {
+    fn from(lora: Lora) -> Self {
+        Adapter::Lora(lora)
+    }
 }
 
-/// `delta = lora_b @ (lora_a * lora_e) * alpha / (init_r + 1e-5)` (Zhang et al. 2023, arXiv:2303.10512; PEFT's scale).
-#[derive(Debug, Clone, PartialEq)]
-pub struct AdaLora {
-    /// `[rank, in]`.
-    pub lora_a: Tensor,
-    /// `[rank, 1]`, the diagonal.
-    pub lora_e: Tensor,
-    /// `[out, rank]`.
-    pub lora_b: Tensor,
-    /// `alpha` of the configuration.
-    pub alpha: f64,
-    /// The rank that training began with; it stays in the scale after pruning.
-    pub init_r: usize,
-    /// As in [`Lora`].
-    pub fan_in_fan_out: bool,
+impl From<Dora> for Adapter {
+    fn from(dora: Dora) -> Self {
+        Adapter::Dora(dora)
+    }
 }
 
-/// `delta = scaling * (lora_b @ lora_a)^T`, of shape `[vocab, dim]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct EmbeddingLora {
-    /// `[rank, vocab]`.
-    pub lora_a: Tensor,
-    /// `[dim, rank]`.
-    pub lora_b: Tensor,
-    /// As in [`Lora`].
-    pub scaling: f64,
+impl From<AdaLora> for Adapter {
+    fn from(adalora: AdaLora) -> Self {
+        Adapter::AdaLora(adalora)
+    }
+}
+
+impl From<EmbeddingLora> for Adapter {
+    fn from(embedding: EmbeddingLora) -> Self {
+        Adapter::Embedding(embedding)
+    }
+}
+
+/// Checks that `lora_a` is `[rank, in]` and `lora_b` is `[out, rank]`.
+fn check_factors(lora_a: &Tensor, lora_b: &Tensor) -> Result<()> {
+    let (a, b) = (lora_a.shape(), lora_b.shape());
+    if a.len() != 2 {
+        return Err(Error::argument("lora_a", "shape [rank, in]", format!("{a:?}")));
+    }
+    if b.len() != 2 || b[1] != a[0] {
+        return Err(Error::argument(
+            "lora_b",
+            format!("shape [out, {}] (lora_a has that many rows)", a[0]),
+            format!("{b:?}"),
+        ));
+    }
+    Ok(())
+}
+
+/// Checks that `tensor` has exactly `shape`.
+fn check_shape(argument: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
+    match tensor.shape() == shape {
+        true => Ok(()),
+        false => Err(Error::argument(argument, format!("shape {shape:?}"), format!("{:?}", tensor.shape()))),
+    }
+}
+
+/// Checks that a number of the configuration is one.
+fn check_finite(argument: &str, value: f64) -> Result<()> {
+    match value.is_finite() {
+        true => Ok(()),
+        false => Err(Error::argument(argument, "a finite number", value)),
+    }
 }
