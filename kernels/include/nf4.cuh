@@ -1,0 +1,104 @@
+// 4-bit weights as bitsandbytes stores them, and how their codes become numbers again.
+//
+// Layout: the matrix is flattened row by row. Byte j of `packed` holds element 2j in its HIGH nibble and 2j+1 in its low
+// one. Every `blocksize` (a power of two, 32..4096) consecutive elements of the flat order share one absmax; a block may
+// begin in one row and end in the next. `packed` is 16-byte aligned, so 32 elements that start at a multiple of 32 are
+// 16 aligned bytes of one block, whatever the matrix' width.
+//
+// Weight = codebook[code] * absmax, one f32 product. A nested absmax is round(map[q] * nested) + offset, two roundings.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.cuh"
+
+// The 16 values of the codes. Twin: cuda::nf4::Codebook.
+struct Codebook {
+    float value[16];
+};
+static_assert(sizeof(Codebook) == 64, "the Rust twin has this size");
+
+// The absmax of every block: plain, or itself quantised to 8 bit. Twin: cuda::nf4::Absmax.
+struct Absmax {
+    const float *plain;   // [blocks]; null when nested
+    const uint8_t *q;     // [blocks]: index into map
+    const float *nested;  // [ceil(blocks / 2^nested_shift)]
+    const float *map;     // [256]
+    const float *offset;  // [1]
+    uint32_t nested_shift;
+    uint32_t padding;
+
+    // The absmax of COUNT blocks; all loads of one kind are in flight together.
+    template <int COUNT>
+    __device__ __forceinline__ void load(const uint64_t (&block)[COUNT], float (&absmax)[COUNT]) const {
+        if (plain) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) absmax[i] = __ldg(plain + block[i]);
+            return;
+        }
+        uint8_t code[COUNT];
+        float outer[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            code[i] = __ldg(q + block[i]);
+            outer[i] = __ldg(nested + (block[i] >> nested_shift));
+        }
+        const float shift = __ldg(offset);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) absmax[i] = __fadd_rn(__fmul_rn(__ldg(map + code[i]), outer[i]), shift);
+    }
+};
+static_assert(sizeof(Absmax) == 48, "the Rust twin has this size");
+
+// Decodes through the warp: lane i of every 16 keeps value[i], and a shuffle by the code fetches it. All lanes of the
+// warp must take part. This is for kernels that need the exact f32 value; it costs about 2.4 instructions per weight.
+struct WarpDecoder {
+    float mine;
+
+    __device__ __forceinline__ explicit WarpDecoder(const Codebook &codebook) {
+        mine = codebook.value[threadIdx.x & 15];
+    }
+
+    // The COUNT weights of the first COUNT / 2 bytes (little-endian) of `codes`, in element order.
+    template <int COUNT>
+    __device__ __forceinline__ void decode(uint32_t codes, float absmax, float (&w)[COUNT]) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            w[i] = __fmul_rn(__shfl_sync(0xffffffffu, mine, int(codes >> (4 * (i ^ 1))), 16), absmax);
+    }
+};
+
+// Decodes a byte to two 16-bit codebook values with one shared-memory load: the fastest way where the absmax is applied
+// later (to an accumulator). Row b of 256 holds the pair of byte b once per bank, so lane l reads bank l only and random
+// codes never conflict. Rows are 256 bytes apart, which lets ONE byte permute form the address
+//     byte 0 = 4 * lane, byte 1 = b, bytes 2 and 3 = the window's
+// and leaves the upper 128 bytes of every row to others. For this the table must lie at the fixed shared address AT (an
+// immediate of the load), below 64 KiB of which bytes 2 and 3 of shared addresses do not change.
+template <typename T, uint32_t AT>
+struct PairTable {
+    static constexpr uint32_t rows = 256, pitch = 256;
+    uint32_t lane;  // the permute's other operand
+
+    __device__ __forceinline__ PairTable() { lane = (threadIdx.x & 31) * 4; }
+
+    // All threads of the block write the table; a barrier must follow.
+    static __device__ __forceinline__ void build(const Codebook &codebook, uint32_t thread, uint32_t threads) {
+        const WarpDecoder values(codebook);
+        for (uint32_t row = thread / 32; row < rows; row += threads / 32) {
+            // The element at the lower address sits in the high nibble, so it becomes the low half of the pair.
+            const float first = __shfl_sync(0xffffffffu, values.mine, int(row >> 4), 16);
+            const float second = __shfl_sync(0xffffffffu, values.mine, int(row), 16);
+            const uint32_t address = AT + row * pitch + (thread & 31) * 4;
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(Pair<T>::pack(first, second)) : "memory");
+        }
+    }
+
+    // The pair of byte BYTE (0..3) of `codes`: the element at the lower address in the low half.
+    template <int BYTE>
+    __device__ __forceinline__ uint32_t look_up(uint32_t codes) const {
+        uint32_t pair;
+        const uint32_t address = __byte_perm(codes, lane, 0x7604 | BYTE << 4);
+        asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(pair) : "r"(address), "n"(AT));
+        return pair;
+    }
+};
