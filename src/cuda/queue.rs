@@ -1,5 +1,7 @@
 //! Where launches go.
 
+use bytemuck::Pod;
+
 use super::MemoryId;
 use crate::Result;
 
@@ -10,6 +12,15 @@ pub struct Kernel {
     pub module: &'static str,
     /// The name after `.entry`.
     pub entry: &'static str,
+    /// The size of its parameter struct.
+    pub param_bytes: usize,
+}
+
+impl Kernel {
+    /// The entry `entry` of `kernels/{module}.cu`, which takes `P` by value.
+    pub const fn new<P: Pod>(module: &'static str, entry: &'static str) -> Self {
+        Self { module, entry, param_bytes: size_of::<P>() }
+    }
 }
 
 /// One launch. `params` is the kernel's only parameter, a plain C struct passed by value.
@@ -52,18 +63,19 @@ pub unsafe trait Queue {
     /// Enqueues one launch. Allocates nothing on the device and does not wait for it.
     ///
     /// # Safety
-    /// `params` is what `kernel` declares, and every pointer in it is valid for what the kernel does with it until the
-    /// launch has completed.
+    /// `params` is the struct that `kernel` declares, and every pointer in it is valid for what the kernel does with it
+    /// until the launch has completed.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) when the device refuses it.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
-    /// Copies `bytes` to device memory at `destination`, in order with the launches. For tables that are made once, not
-    /// for the path of every token.
+    /// Copies `bytes` to device memory at `destination`, in order with the launches; `bytes` may be dropped after the
+    /// call. For tables that are made once, not for the path of every token.
     ///
     /// # Safety
-    /// `destination` is valid for writes of `bytes.len()` bytes.
+    /// `destination` is valid for writes of `bytes.len()` bytes until the copy has completed, and `bytes` lies in ordinary
+    /// (not page-locked) memory.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) when the device refuses it.
