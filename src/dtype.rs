@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+
+use crate::tensor::Data;
 
 /// A storage type for weights, activations and adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,13 +73,19 @@ pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + PartialEq + fm
     fn to_f64(self) -> f64 {
         f64::from(self.to_f32())
     }
+    /// Widens a slice into one of the same length, exactly. Panics when the lengths differ.
+    fn widen(from: &[Self], to: &mut [f32]);
+    /// Rounds a slice into one of the same length, as [`Element::from_f32`]. Panics when the lengths differ.
+    fn round(from: &[f32], to: &mut [Self]);
+    /// The elements of a [`Tensor`](crate::Tensor).
+    fn into_data(elements: Vec<Self>) -> Data;
 }
 
 macro_rules! element {
-    ($type:ty, $dtype:expr, $to:expr, $from32:expr, $from64:expr) => {
+    ($type:ty, $dtype:ident, $to:expr, $from32:expr, $from64:expr, $widen:expr, $round:expr) => {
         impl sealed::Sealed for $type {}
         impl Element for $type {
-            const DTYPE: DType = $dtype;
+            const DTYPE: DType = DType::$dtype;
             fn to_f32(self) -> f32 {
                 $to(self)
             }
@@ -86,10 +95,43 @@ macro_rules! element {
             fn from_f64(value: f64) -> Self {
                 $from64(value)
             }
+            fn widen(from: &[Self], to: &mut [f32]) {
+                $widen(from, to);
+            }
+            fn round(from: &[f32], to: &mut [Self]) {
+                $round(from, to);
+            }
+            fn into_data(elements: Vec<Self>) -> Data {
+                Data::$dtype(elements)
+            }
         }
     };
 }
 
-element!(f32, DType::F32, |v| v, |v| v, |v| v as f32);
-element!(f16, DType::F16, f16::to_f32, f16::from_f32, f16::from_f64);
-element!(bf16, DType::BF16, bf16::to_f32, bf16::from_f32, bf16::from_f64);
+element!(
+    f32,
+    F32,
+    |v| v,
+    |v| v,
+    |v| v as f32,
+    |from: &[f32], to: &mut [f32]| to.copy_from_slice(from),
+    |from: &[f32], to: &mut [f32]| to.copy_from_slice(from)
+);
+element!(
+    f16,
+    F16,
+    f16::to_f32,
+    f16::from_f32,
+    f16::from_f64,
+    |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to),
+    |from: &[f32], to: &mut [f16]| to.convert_from_f32_slice(from)
+);
+element!(
+    bf16,
+    BF16,
+    bf16::to_f32,
+    bf16::from_f32,
+    bf16::from_f64,
+    |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to),
+    |from: &[f32], to: &mut [bf16]| to.convert_from_f32_slice(from)
+);

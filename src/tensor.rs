@@ -33,6 +33,8 @@ macro_rules! each_dtype {
     };
 }
 
+pub(crate) use each_dtype;
+
 impl Data {
     /// The type of the elements.
     pub fn dtype(&self) -> DType {

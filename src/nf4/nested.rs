@@ -1,0 +1,142 @@
+//! Double quantisation: absmax in 8 bits.
+
+use std::borrow::Cow;
+
+use super::quantize::{largest_magnitude, normaliser};
+use super::{DYNAMIC_MAP, block_count, check_blocksize, check_len};
+use crate::Result;
+
+/// The block size of double quantisation, as bitsandbytes has it.
+pub const NESTED_BLOCKSIZE: usize = 256;
+
+/// The scales of a quantised tensor, one per block.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Absmax {
+    /// As f32.
+    Plain(Vec<f32>),
+    /// Double quantised.
+    Nested(NestedAbsmax),
+}
+
+/// Scales that are quantised themselves: `absmax[i] = map[q[i]] * nested[i / blocksize] + offset`, rounded twice.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NestedAbsmax {
+    q: Vec<u8>,
+    absmax: Vec<f32>,
+    map: Box<[f32; 256]>,
+    offset: f32,
+    blocksize: usize,
+}
+
+impl Absmax {
+    /// How many blocks there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Absmax::Plain(absmax) => absmax.len(),
+            Absmax::Nested(nested) => nested.q.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The scale of one block. Panics when there is no such block.
+    pub fn get(&self, block: usize) -> f32 {
+        match self {
+            Absmax::Plain(absmax) => absmax[block],
+            Absmax::Nested(nested) => nested.get(block),
+        }
+    }
+
+    /// All scales, as f32.
+    pub fn dequantize(&self) -> Cow<'_, [f32]> {
+        match self {
+            Absmax::Plain(absmax) => absmax.into(),
+            Absmax::Nested(nested) => (0..nested.q.len()).map(|block| nested.get(block)).collect(),
+        }
+    }
+}
+
+impl NestedAbsmax {
+    /// Takes the tensors of a checkpoint: `q` one byte per block, `absmax` one f32 per `blocksize` of these, the map that
+    /// was stored with them, and the offset.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) when the block size is none, or `absmax` does not fit `q`.
+    pub fn from_parts(
+        q: Vec<u8>,
+        absmax: Vec<f32>,
+        map: Box<[f32; 256]>,
+        offset: f32,
+        blocksize: usize,
+    ) -> Result<Self> {
+        check_blocksize("nested.blocksize", blocksize)?;
+        check_len("nested.absmax", block_count(q.len(), blocksize), "blocks", absmax.len())?;
+        Ok(Self { q, absmax, map, offset, blocksize })
+    }
+
+    /// Indexes into the map, one per block of the tensor.
+    pub fn q(&self) -> &[u8] {
+        &self.q
+    }
+
+    /// One scale per block of [`q`](NestedAbsmax::q).
+    pub fn absmax(&self) -> &[f32] {
+        &self.absmax
+    }
+
+    /// What `q` indexes.
+    pub fn map(&self) -> &[f32; 256] {
+        &self.map
+    }
+
+    /// What is added to every scale.
+    pub fn offset(&self) -> f32 {
+        self.offset
+    }
+
+    /// How many bytes of `q` share a scale.
+    pub fn blocksize(&self) -> usize {
+        self.blocksize
+    }
+
+    fn get(&self, block: usize) -> f32 {
+        self.map[usize::from(self.q[block])] * self.absmax[block / self.blocksize] + self.offset
+    }
+}
+
+/// Quantises scales: minus their mean, in blocks of 256, to the nearest value of [`DYNAMIC_MAP`]; halfway between two of
+/// them, to the even index.
+///
+/// The mean is summed in f64, in order. A nested block whose scales all equal the mean stores 0 and the index of 0 (127).
+/// One scale that is not finite makes the mean so, and with it every element of the tensor NaN.
+pub fn nest(absmax: &[f32]) -> NestedAbsmax {
+    let sum: f64 = absmax.iter().map(|&a| f64::from(a)).sum();
+    let offset = (sum / absmax.len().max(1) as f64) as f32;
+    let mut nested = NestedAbsmax {
+        q: Vec::with_capacity(absmax.len()),
+        absmax: Vec::with_capacity(block_count(absmax.len(), NESTED_BLOCKSIZE)),
+        map: Box::new(DYNAMIC_MAP),
+        offset,
+        blocksize: NESTED_BLOCKSIZE,
+    };
+    for block in absmax.chunks(NESTED_BLOCKSIZE) {
+        let centred: Vec<f32> = block.iter().map(|a| a - offset).collect();
+        let scale = largest_magnitude(&centred);
+        let (lift, inverse) = if scale > 0.0 { normaliser(scale) } else { (1.0, 0.0) };
+        nested.q.extend(centred.iter().map(|x| nearest(x * lift * inverse)));
+        nested.absmax.push(scale);
+    }
+    nested
+}
+
+/// The index of the nearest value of [`DYNAMIC_MAP`], as bitsandbytes' binary search ends: halfway, the even one.
+fn nearest(x: f32) -> u8 {
+    let above = DYNAMIC_MAP.partition_point(|&value| value < x).clamp(1, 255);
+    let below = above - 1;
+    let middle = (DYNAMIC_MAP[below] + DYNAMIC_MAP[above]) * 0.5;
+    let index = if x > middle || (x == middle && above % 2 == 0) { above } else { below };
+    index as u8
+}
