@@ -4,10 +4,14 @@
 //! shape and device: which entry, which grid, how much workspace), *launch* on the caller's [`Queue`]. A queue is a CUDA
 //! stream, or anything else that executes the same PTX.
 
+#[cfg(feature = "cuda")]
+mod driver;
 mod image;
 mod queue;
 mod view;
 
+#[cfg(feature = "cuda")]
+pub use driver::{CudaQueue, CudaRead, CudaWrite};
 pub use image::{Image, Target, modules, origin};
 pub use queue::{Kernel, Launch, Properties, Queue};
 pub use view::{MemoryId, View, ViewMut};
