@@ -52,7 +52,7 @@ struct Pair;
 
 template <>
 struct Pair<f16> {
-    static __device__ __forceinline__ void unpack(uint32_t word, float &low, float &high) {
+    static __device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
         low = to_f32(f16{uint16_t(word)});
         high = to_f32(f16{uint16_t(word >> 16)});
     }
@@ -65,7 +65,7 @@ struct Pair<f16> {
 
 template <>
 struct Pair<bf16> {
-    static __device__ __forceinline__ void unpack(uint32_t word, float &low, float &high) {
+    static __device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
         low = __uint_as_float(word << 16);
         high = __uint_as_float(word & 0xffff0000u);
     }
@@ -77,7 +77,7 @@ struct Pair<bf16> {
 };
 
 // Whether 16-byte accesses may start at `p`.
-__device__ __forceinline__ bool aligned16(const void *p) { return (reinterpret_cast<uint64_t>(p) & 15) == 0; }
+__device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uint64_t>(p) & 15) == 0; }
 
 // Eight neighbouring elements as stored: 16 bytes of f16 or bf16, 32 of f32. Keeping them packed until they are needed
 // halves the registers that loads in flight take.
@@ -85,8 +85,8 @@ template <typename T>
 struct Eight {
     uint4 raw;
 
-    __device__ __forceinline__ void load(const T *p) { raw = __ldcs(reinterpret_cast<const uint4 *>(p)); }
-    __device__ __forceinline__ void store(T *p) const { __stcs(reinterpret_cast<uint4 *>(p), raw); }
+    __device__ __forceinline__ void load(const T* p) { raw = __ldcs(reinterpret_cast<const uint4*>(p)); }
+    __device__ __forceinline__ void store(T* p) const { __stcs(reinterpret_cast<uint4*>(p), raw); }
 
     __device__ __forceinline__ void widen(float (&x)[8]) const {
         Pair<T>::unpack(raw.x, x[0], x[1]);
@@ -102,17 +102,17 @@ struct Eight {
     }
 
     // The first `count` of eight, the others zero; `p` is aligned to an element only.
-    __device__ __forceinline__ void load_part(const T *p, int count) {
+    __device__ __forceinline__ void load_part(const T* p, int count) {
         uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 8; ++i)
             if (i < count) words[i / 2] |= uint32_t(p[i].bits) << (i % 2 * 16);
         raw = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    __device__ __forceinline__ void store_part(T *p, int count) const {
+    __device__ __forceinline__ void store_part(T* p, int count) const {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 8; ++i)
             if (i < count) p[i].bits = uint16_t(words[i / 2] >> (i % 2 * 16));
     }
 };
@@ -121,13 +121,13 @@ template <>
 struct Eight<float> {
     float4 low, high;
 
-    __device__ __forceinline__ void load(const float *p) {
-        low = __ldcs(reinterpret_cast<const float4 *>(p));
-        high = __ldcs(reinterpret_cast<const float4 *>(p) + 1);
+    __device__ __forceinline__ void load(const float* p) {
+        low = __ldcs(reinterpret_cast<const float4*>(p));
+        high = __ldcs(reinterpret_cast<const float4*>(p) + 1);
     }
-    __device__ __forceinline__ void store(float *p) const {
-        __stcs(reinterpret_cast<float4 *>(p), low);
-        __stcs(reinterpret_cast<float4 *>(p) + 1, high);
+    __device__ __forceinline__ void store(float* p) const {
+        __stcs(reinterpret_cast<float4*>(p), low);
+        __stcs(reinterpret_cast<float4*>(p) + 1, high);
     }
 
     __device__ __forceinline__ void widen(float (&x)[8]) const {
@@ -139,17 +139,17 @@ struct Eight<float> {
         high = make_float4(x[4], x[5], x[6], x[7]);
     }
 
-    __device__ __forceinline__ void load_part(const float *p, int count) {
+    __device__ __forceinline__ void load_part(const float* p, int count) {
         float x[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = i < count ? p[i] : 0.0f;
+        for (int i = 0; i < 8; ++i) x[i] = i < count ? p[i] : 0.0f;
         round(x);
     }
-    __device__ __forceinline__ void store_part(float *p, int count) const {
+    __device__ __forceinline__ void store_part(float* p, int count) const {
         float x[8];
         widen(x);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < 8; ++i)
             if (i < count) p[i] = x[i];
     }
 };

@@ -20,32 +20,32 @@ static_assert(sizeof(Codebook) == 64, "the Rust twin has this size");
 
 // The absmax of every block: plain, or itself quantised to 8 bit. Twin: cuda::nf4::Absmax.
 struct Absmax {
-    const float *plain;   // [blocks]; null when nested
-    const uint8_t *q;     // [blocks]: index into map
-    const float *nested;  // [ceil(blocks / 2^nested_shift)]
-    const float *map;     // [256]
-    const float *offset;  // [1]
+    const float* plain;   // [blocks]; null when nested
+    const uint8_t* q;     // [blocks]: index into map
+    const float* nested;  // [ceil(blocks / 2^nested_shift)]
+    const float* map;     // [256]
+    const float* offset;  // [1]
     uint32_t nested_shift;
     uint32_t padding;
 
-    // The absmax of COUNT blocks; all loads of one kind are in flight together.
-    template <int COUNT>
-    __device__ __forceinline__ void load(const uint64_t (&block)[COUNT], float (&absmax)[COUNT]) const {
+    // The absmax of Count blocks; all loads of one kind are in flight together.
+    template <int Count>
+    __device__ __forceinline__ void load(const uint64_t (&block)[Count], float (&absmax)[Count]) const {
         if (plain) {
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) absmax[i] = __ldg(plain + block[i]);
+            for (int i = 0; i < Count; ++i) absmax[i] = __ldg(plain + block[i]);
             return;
         }
-        uint8_t code[COUNT];
-        float outer[COUNT];
+        uint8_t code[Count];
+        float outer[Count];
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
+        for (int i = 0; i < Count; ++i) {
             code[i] = __ldg(q + block[i]);
             outer[i] = __ldg(nested + (block[i] >> nested_shift));
         }
         const float shift = __ldg(offset);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) absmax[i] = __fadd_rn(__fmul_rn(__ldg(map + code[i]), outer[i]), shift);
+        for (int i = 0; i < Count; ++i) absmax[i] = __fadd_rn(__fmul_rn(__ldg(map + code[i]), outer[i]), shift);
     }
 };
 static_assert(sizeof(Absmax) == 48, "the Rust twin has this size");
@@ -55,15 +55,15 @@ static_assert(sizeof(Absmax) == 48, "the Rust twin has this size");
 struct WarpDecoder {
     float mine;
 
-    __device__ __forceinline__ explicit WarpDecoder(const Codebook &codebook) {
+    __device__ __forceinline__ explicit WarpDecoder(const Codebook& codebook) {
         mine = codebook.value[threadIdx.x & 15];
     }
 
-    // The COUNT weights of the first COUNT / 2 bytes (little-endian) of `codes`, in element order.
-    template <int COUNT>
-    __device__ __forceinline__ void decode(uint32_t codes, float absmax, float (&w)[COUNT]) const {
+    // The Count weights of the first Count / 2 bytes (little-endian) of `codes`, in element order.
+    template <int Count>
+    __device__ __forceinline__ void decode(uint32_t codes, float absmax, float (&w)[Count]) const {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++)
+        for (int i = 0; i < Count; ++i)
             w[i] = __fmul_rn(__shfl_sync(0xffffffffu, mine, int(codes >> (4 * (i ^ 1))), 16), absmax);
     }
 };
@@ -72,33 +72,33 @@ struct WarpDecoder {
 // later (to an accumulator). Row b of 256 holds the pair of byte b once per bank, so lane l reads bank l only and random
 // codes never conflict. Rows are 256 bytes apart, which lets ONE byte permute form the address
 //     byte 0 = 4 * lane, byte 1 = b, bytes 2 and 3 = the window's
-// and leaves the upper 128 bytes of every row to others. For this the table must lie at the fixed shared address AT (an
+// and leaves the upper 128 bytes of every row to others. For this the table must lie at the fixed shared address At (an
 // immediate of the load), below 64 KiB of which bytes 2 and 3 of shared addresses do not change.
-template <typename T, uint32_t AT>
+template <typename T, uint32_t At>
 struct PairTable {
-    static constexpr uint32_t rows = 256, pitch = 256;
+    static constexpr uint32_t kRows = 256, kPitch = 256;
     uint32_t lane;  // the permute's other operand
 
     __device__ __forceinline__ PairTable() { lane = (threadIdx.x & 31) * 4; }
 
     // All threads of the block write the table; a barrier must follow.
-    static __device__ __forceinline__ void build(const Codebook &codebook, uint32_t thread, uint32_t threads) {
+    static __device__ __forceinline__ void build(const Codebook& codebook, uint32_t thread, uint32_t threads) {
         const WarpDecoder values(codebook);
-        for (uint32_t row = thread / 32; row < rows; row += threads / 32) {
+        for (uint32_t row = thread / 32; row < kRows; row += threads / 32) {
             // The element at the lower address sits in the high nibble, so it becomes the low half of the pair.
             const float first = __shfl_sync(0xffffffffu, values.mine, int(row >> 4), 16);
             const float second = __shfl_sync(0xffffffffu, values.mine, int(row), 16);
-            const uint32_t address = AT + row * pitch + (thread & 31) * 4;
+            const uint32_t address = At + row * kPitch + (thread & 31) * 4;
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(Pair<T>::pack(first, second)) : "memory");
         }
     }
 
-    // The pair of byte BYTE (0..3) of `codes`: the element at the lower address in the low half.
-    template <int BYTE>
+    // The pair of byte Byte (0..3) of `codes`: the element at the lower address in the low half.
+    template <int Byte>
     __device__ __forceinline__ uint32_t look_up(uint32_t codes) const {
         uint32_t pair;
-        const uint32_t address = __byte_perm(codes, lane, 0x7604 | BYTE << 4);
-        asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(pair) : "r"(address), "n"(AT));
+        const uint32_t address = __byte_perm(codes, lane, 0x7604 | Byte << 4);
+        asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(pair) : "r"(address), "n"(At));
         return pair;
     }
 };

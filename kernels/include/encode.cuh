@@ -1,0 +1,130 @@
+// Numbers to 4-bit codes: the absmax of a block, and the search for a number's code.
+//
+// A block's scale is 1 / absmax, rounded once; a number x of it takes the code codes[rank], rank = how many thresholds t
+// have x * scale > t. So a number on a threshold takes the lower code. A block of zeros, and one with an element that is
+// not finite, takes the code of zero everywhere; its absmax is 0 or NaN.
+#pragma once
+
+#include <cstdint>
+
+// What the search needs of a codebook. Twin: cuda::nf4::Encoder.
+struct Encoder {
+    float threshold[15];  // ascending
+    uint32_t zero;        // the code of zero, in each of the eight nibbles
+    uint64_t codes;       // nibble r is the code of rank r
+};
+static_assert(sizeof(Encoder) == 72, "the Rust twin has this size");
+
+// The larger, or NaN if either is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
+}
+
+// The largest magnitude; infinity or NaN if an element is.
+__device__ __forceinline__ float magnitude(const float (&x)[8]) {
+    float largest = fabsf(x[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) largest = max_nan(largest, fabsf(x[i]));
+    return largest;
+}
+
+// The largest of `lanes` neighbouring lanes: a power of two, at least 4, the same in the whole warp.
+__device__ __forceinline__ float largest_of_lanes(float x, uint32_t lanes) {
+    x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+    if (lanes >= 8) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 4));
+    if (lanes >= 16) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 8));
+    if (lanes >= 32) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 16));
+    return x;
+}
+
+// What is stored for a block whose largest magnitude is `largest`.
+__device__ __forceinline__ float stored_absmax(float largest) {
+    return largest < __int_as_float(0x7f800000) ? largest : __int_as_float(0x7fc00000);
+}
+
+// x / absmax for a block with a positive absmax, as x * lift * inverse: the lift is 1, but for denormals, whose reciprocal
+// would not be finite.
+__device__ __forceinline__ void normalize(float absmax, float (&x)[8]) {
+    if (absmax < 1.17549435e-38f) {
+        const float lift = 18446744073709551616.0f;  // 2^64
+        absmax = __fmul_rn(absmax, lift);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], lift);
+    }
+    const float inverse = __frcp_rn(absmax);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], inverse);
+}
+
+// Ranks by one table load and one comparison, for codebooks in which code = rank and no two thresholds share a bin of 64
+// over [-1, 1]. The table holds each bin once per bank pair (lane l reads its own), so that a load never conflicts.
+struct BinnedSearch {
+    static constexpr uint32_t kBins = 64;
+    struct Bin {
+        float threshold;  // the one in this bin, or infinity
+        uint32_t rank;    // how many lie in bins below
+    };
+    using Table = Bin[kBins][32];
+    uint32_t base;
+
+    // The bin number plus 2^23, as a float whose low bits are the bin. Monotone in x; NaN is in bin 0.
+    static __device__ __forceinline__ float bin(float x) {
+        return __fmaf_rn(__saturatef(__fmaf_rn(x, 0.5f, 0.5f)), float(kBins - 1), 8388608.0f);
+    }
+
+    // All threads of the block must come here.
+    __device__ __forceinline__ BinnedSearch(const Encoder& encoder, Table& table) {
+        for (uint32_t i = threadIdx.x; i < kBins * 32; i += blockDim.x) {
+            const float number = __uint_as_float(0x4b000000u + i / 32);
+            Bin entry{__int_as_float(0x7f800000), 0};
+#pragma unroll
+            for (int t = 0; t < 15; ++t) {
+                const float its_bin = bin(encoder.threshold[t]);
+                if (its_bin < number) ++entry.rank;
+                if (its_bin == number) entry.threshold = encoder.threshold[t];
+            }
+            table[i / 32][i % 32] = entry;
+        }
+        __syncthreads();
+        // bin() is read as an integer, whose upper bits this takes away again.
+        base = uint32_t(__cvta_generic_to_shared(&table[0][threadIdx.x % 32])) - 0x4b000000u * uint32_t(sizeof(table[0]));
+    }
+
+    __device__ __forceinline__ uint32_t encode(const float (&x)[8]) const {
+        uint32_t codes = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            float threshold;
+            uint32_t rank;
+            const uint32_t address = __float_as_uint(bin(x[i])) * uint32_t(sizeof(Table) / kBins) + base;
+            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(threshold), "=r"(rank) : "r"(address));
+            if (x[i] > threshold) ++rank;
+            codes += rank << (4 * (i ^ 1));
+        }
+        return codes;
+    }
+};
+
+// Ranks by counting, for any codebook.
+struct CountingSearch {
+    struct Table {};
+    const Encoder& encoder;
+
+    __device__ __forceinline__ CountingSearch(const Encoder& encoder, Table&) : encoder(encoder) {}
+
+    __device__ __forceinline__ uint32_t encode(const float (&x)[8]) const {
+        uint32_t codes = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            uint32_t shift = 0;
+#pragma unroll
+            for (int t = 0; t < 15; ++t)
+                if (x[i] > encoder.threshold[t]) shift += 4;
+            codes += (uint32_t(encoder.codes >> shift) & 15) << (4 * (i ^ 1));
+        }
+        return codes;
+    }
+};
