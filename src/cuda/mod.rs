@@ -4,20 +4,26 @@
 //! shape and device: which entry, which grid, how much workspace), *launch* on the caller's [`Queue`]. A queue is a CUDA
 //! stream, or anything else that executes the same PTX.
 
+pub mod absmax_quantize;
+mod check;
 #[cfg(feature = "cuda")]
 mod driver;
 mod image;
+mod nf4;
+pub mod nf4_dequantize;
+pub mod nf4_quantize;
 mod queue;
 mod view;
 
 #[cfg(feature = "cuda")]
 pub use driver::{CudaQueue, CudaRead, CudaWrite};
 pub use image::{Image, Target, modules, origin};
+pub use nf4::{AbsmaxView, NestedView, Nf4View, Nf4ViewMut, Search};
 pub use queue::{Kernel, Launch, Properties, Queue};
 pub use view::{MemoryId, View, ViewMut};
 
 /// The tables of all operations: one line each.
-const KERNELS: &[&[Kernel]] = &[];
+const KERNELS: &[&[Kernel]] = &[absmax_quantize::KERNELS, nf4_dequantize::KERNELS, nf4_quantize::KERNELS];
 
 /// Every kernel that this crate can launch.
 pub fn kernels() -> impl Iterator<Item = Kernel> {

@@ -110,11 +110,11 @@ impl NestedAbsmax {
 /// Quantises scales: minus their mean, in blocks of 256, to the nearest value of [`DYNAMIC_MAP`]; halfway between two of
 /// them, to the even index.
 ///
-/// The mean is summed in f64, in order. A nested block whose scales all equal the mean stores 0 and the index of 0 (127).
+/// The mean is summed in f64, in an order that many threads can keep: lane j of 65536 adds values j, j + 65536, ... in
+/// turn, then neighbouring lanes are added until one is left. A nested block whose scales all equal the mean stores 0 and the index of 0 (127).
 /// One scale that is not finite makes the mean so, and with it every element of the tensor NaN.
 pub fn nest(absmax: &[f32]) -> NestedAbsmax {
-    let sum: f64 = absmax.iter().map(|&a| f64::from(a)).sum();
-    let offset = (sum / absmax.len().max(1) as f64) as f32;
+    let offset = (sum(absmax) / absmax.len().max(1) as f64) as f32;
     let mut nested = NestedAbsmax {
         q: Vec::with_capacity(absmax.len()),
         absmax: Vec::with_capacity(block_count(absmax.len(), NESTED_BLOCKSIZE)),
@@ -130,6 +130,19 @@ pub fn nest(absmax: &[f32]) -> NestedAbsmax {
         nested.absmax.push(scale);
     }
     nested
+}
+
+/// The sum of `values`, in the order that [`nest`] tells of.
+fn sum(values: &[f32]) -> f64 {
+    let mut lanes = vec![0.0; values.len().next_power_of_two().min(1 << 16)];
+    for (i, &value) in values.iter().enumerate() {
+        let lane = i % lanes.len();
+        lanes[lane] += f64::from(value);
+    }
+    while lanes.len() > 1 {
+        lanes = lanes.chunks_exact(2).map(|pair| pair[0] + pair[1]).collect();
+    }
+    lanes[0]
 }
 
 /// The index of the nearest value of [`DYNAMIC_MAP`], as bitsandbytes' binary search ends: halfway, the even one.
