@@ -3,6 +3,7 @@
 //! [`File`] reads the header, checks it against the length of the file, and then reads one tensor at a time: a model larger
 //! than memory can be walked through. Files are read, not mapped, so that one that shrinks meanwhile gives an error.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
@@ -301,7 +302,7 @@ impl<'a> From<&'a Raw> for Item<'a> {
 /// Writes the file in the order of the reference implementation: by dtype, widest first, then by name.
 pub(crate) fn write(mut to: impl Write, items: &BTreeMap<String, Item>) -> std::io::Result<()> {
     let mut order: Vec<(&String, &Item)> = items.iter().collect();
-    order.sort_by(|(_, a), (_, b)| b.dtype.cmp(&a.dtype));
+    order.sort_by_key(|(_, item)| Reverse(item.dtype));
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut end = 0;

@@ -69,7 +69,7 @@ impl QuantState {
         })
     }
 
-    /// What belongs to a matrix. `None` when its codebook is neither NF4 nor FP4.
+    /// What belongs to a matrix.
     pub(super) fn of(matrix: &Nf4Matrix) -> Self {
         let nested = match matrix.absmax() {
             Absmax::Plain(_) => None,
@@ -100,7 +100,8 @@ impl fmt::Display for QuantState {
         write!(f, r#", "shape": {:?}"#, self.shape)?;
         if let Some(NestedState { blocksize, offset }) = self.nested {
             write!(f, r#", "nested_blocksize": {blocksize}, "nested_dtype": "float32""#)?;
-            write!(f, r#", "nested_offset": {:?}"#, f64::from(offset))?;
+            // As JSON prints it: of two numerals as short, Python takes the even one, and Rust's own formatting does not.
+            write!(f, r#", "nested_offset": {}"#, Value::from(f64::from(offset)))?;
         }
         f.write_str("}")
     }

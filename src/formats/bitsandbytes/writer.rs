@@ -116,7 +116,7 @@ fn weight_items<'a>(weight: &str, matrix: &'a Nf4Matrix, storage: Storage) -> Re
         return Err(Error::argument(place(), "a shape without zeros", format!("{:?}", matrix.shape())));
     }
     let packed = matrix.packed();
-    if packed.len() % storage.size() != 0 {
+    if !packed.len().is_multiple_of(storage.size()) {
         let wanted = format!("a multiple of {} bytes, to store it as {}", storage.size(), storage.name());
         return Err(Error::argument(format!("{}.packed", place()), wanted, packed.len()));
     }
@@ -182,5 +182,5 @@ fn save_shards(folder: &Path, shards: &[Items]) -> Result<()> {
         total += items.values().map(|item| item.bytes.len()).sum::<usize>();
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
-    replace(&folder.join(INDEX), |to| write!(to, "{index:#}\n"))
+    replace(&folder.join(INDEX), |to| writeln!(to, "{index:#}"))
 }
