@@ -5,16 +5,20 @@
 //! stream, or anything else that executes the same PTX.
 
 pub mod absmax_quantize;
+mod adapter_table;
 mod check;
 #[cfg(feature = "cuda")]
 mod driver;
 mod image;
+pub mod lora_expand;
+pub mod lora_shrink;
 mod nf4;
 pub mod nf4_dequantize;
 pub mod nf4_quantize;
 mod queue;
 mod view;
 
+pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, check_adapter_index};
 #[cfg(feature = "cuda")]
 pub use driver::{CudaQueue, CudaRead, CudaWrite};
 pub use image::{Image, Target, modules, origin};
@@ -23,7 +27,13 @@ pub use queue::{Kernel, Launch, Properties, Queue};
 pub use view::{MemoryId, View, ViewMut};
 
 /// The tables of all operations: one line each.
-const KERNELS: &[&[Kernel]] = &[absmax_quantize::KERNELS, nf4_dequantize::KERNELS, nf4_quantize::KERNELS];
+const KERNELS: &[&[Kernel]] = &[
+    absmax_quantize::KERNELS,
+    lora_expand::KERNELS,
+    lora_shrink::KERNELS,
+    nf4_dequantize::KERNELS,
+    nf4_quantize::KERNELS,
+];
 
 /// Every kernel that this crate can launch.
 pub fn kernels() -> impl Iterator<Item = Kernel> {

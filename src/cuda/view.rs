@@ -69,6 +69,17 @@ macro_rules! view {
                 if self.len != len {
                     return Err(Error::argument(argument, format!("{len} elements"), self.len));
                 }
+                self.check_at_least(argument, len, align, device)
+            }
+
+            /// Checks that there are at least `len` elements, aligned to `align` bytes, in the memory of `device`.
+            ///
+            /// # Errors
+            /// [`Error::Argument`] naming `argument`.
+            pub fn check_at_least(&self, argument: &str, len: usize, align: u64, device: &Properties) -> Result<()> {
+                if self.len < len {
+                    return Err(Error::argument(argument, format!("at least {len} elements"), self.len));
+                }
                 if self.memory != device.memory {
                     return Err(Error::argument(argument, "memory of the queue's device", "another device's"));
                 }
@@ -85,7 +96,12 @@ macro_rules! view {
 view!(View, "reads");
 view!(ViewMut, "reads and writes");
 
-impl<T: Pod> ViewMut<'_, T> {
+impl<'a, T: Pod> ViewMut<'a, T> {
+    /// The same memory, no longer to be written.
+    pub fn into_view(self) -> View<'a, T> {
+        View { address: self.address, len: self.len, memory: self.memory, borrow: PhantomData }
+    }
+
     /// The same memory, to read, for as long as it is not written through this view.
     pub fn as_view(&self) -> View<'_, T> {
         View { address: self.address, len: self.len, memory: self.memory, borrow: PhantomData }

@@ -1,0 +1,241 @@
+//! The adapters that one launch chooses from, on the device.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::check::dimension;
+use super::{Properties, Queue, View, ViewMut};
+use crate::{DType, Element, Error, Result};
+
+/// The largest rank that the kernels take.
+pub const MAX_RANK: usize = 256;
+
+/// One adapter of an [`AdapterTable`]: `delta = scaling * lora_b @ lora_a`.
+#[derive(Debug, Clone, Copy)]
+pub struct AdapterView<'a, A> {
+    /// `[rank, k]`, row-major, aligned to 16 bytes.
+    pub lora_a: View<'a, A>,
+    /// `[n, rank]`, row-major, aligned to 16 bytes.
+    pub lora_b: View<'a, A>,
+    /// At most [`MAX_RANK`]; 0 is an adapter that does nothing.
+    pub rank: usize,
+    /// The factor of the product: `alpha / rank` for LoRA, `alpha / sqrt(rank)` for rsLoRA.
+    pub scaling: f32,
+}
+
+/// What a kernel reads of one adapter (`struct Adapter` of `kernels/include/adapter.cuh`).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Entry {
+    a: u64,
+    b: u64,
+    rank: u32,
+    scaling: f32,
+}
+
+/// `struct Adapters` of `kernels/include/adapter.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Adapters {
+    entries: u64,
+    index: u64,
+    count: u32,
+    pitch: u32,
+}
+
+/// Adapters of one module (the same k and n; ranks may differ), in a device buffer that the caller lends. A token picks
+/// one by its number; see [`LowRank`].
+///
+/// The table is made once, not per token: it uploads [`AdapterTable::bytes`] bytes.
+#[derive(Debug)]
+pub struct AdapterTable<'a, A> {
+    entries: View<'a, u8>,
+    ranks: Vec<usize>,
+    k: usize,
+    n: usize,
+    adapters: std::marker::PhantomData<View<'a, A>>,
+}
+
+impl<'a, A: Element> AdapterTable<'a, A> {
+    /// The size of the buffer for `count` adapters.
+    pub const fn bytes(count: usize) -> usize {
+        count * size_of::<Entry>()
+    }
+
+    /// Checks `adapters`, all of a module with `k` inputs and `n` outputs, and uploads what the kernels need to know
+    /// of them into `buffer`: [`AdapterTable::bytes`] bytes or more, aligned to 8.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rank above [`MAX_RANK`], factors of another size, alignment or device, a scaling that
+    /// is not finite, or a buffer that is too small. [`Error::Device`] when the upload fails.
+    pub fn upload(
+        queue: &dyn Queue,
+        adapters: &[AdapterView<'a, A>],
+        k: usize,
+        n: usize,
+        buffer: ViewMut<'a, u8>,
+    ) -> Result<Self> {
+        let device = queue.properties();
+        dimension("k", k)?;
+        dimension("n", n)?;
+        dimension("adapters", adapters.len())?;
+        buffer.check_at_least("buffer", Self::bytes(adapters.len()), 8, device)?;
+        let mut entries = Vec::with_capacity(adapters.len());
+        for (i, adapter) in adapters.iter().enumerate() {
+            entries.push(adapter.entry(i, k, n, device)?);
+        }
+        // SAFETY: the buffer has room for the entries, as checked above.
+        unsafe { queue.upload(buffer.address(), bytemuck::cast_slice(&entries))? };
+        let ranks = adapters.iter().map(|adapter| adapter.rank).collect();
+        Ok(Self { entries: buffer.into_view(), ranks, k, n, adapters: std::marker::PhantomData })
+    }
+
+    /// How many adapters there are.
+    pub fn len(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ranks.is_empty()
+    }
+
+    /// The rank of every adapter.
+    pub fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    /// Inputs of the module.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Outputs of the module.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns of `v`, the product of [`lora_shrink`](super::lora_shrink): the largest rank, rounded up to a multiple
+    /// of 4.
+    pub fn v_columns(&self) -> usize {
+        v_columns(self.max_rank())
+    }
+
+    /// The largest rank, 0 without adapters.
+    pub fn max_rank(&self) -> usize {
+        self.ranks.iter().copied().max().unwrap_or(0)
+    }
+
+    /// What a launch over `tokens` tokens takes, with the tokens' own choice or adapter 0 for all.
+    pub(super) fn choose(
+        &self,
+        index: Option<View<'_, i32>>,
+        tokens: usize,
+        device: &Properties,
+    ) -> Result<Adapters> {
+        self.entries.check_at_least("adapters", 0, 8, device)?;
+        match index {
+            Some(index) => index.check("adapter_index", tokens, 4, device)?,
+            None if self.is_empty() => {
+                return Err(Error::argument(
+                    "adapters",
+                    "at least one, or an adapter_index of -1 for all tokens",
+                    0,
+                ));
+            }
+            None => {}
+        }
+        Ok(Adapters {
+            entries: self.entries.address(),
+            index: index.map_or(0, |index| index.address()),
+            count: self.len() as u32,
+            pitch: self.v_columns() as u32,
+        })
+    }
+}
+
+impl<A: Element> AdapterView<'_, A> {
+    fn entry(&self, i: usize, k: usize, n: usize, device: &Properties) -> Result<Entry> {
+        if self.rank > MAX_RANK {
+            return Err(Error::argument(
+                format!("adapters[{i}].rank"),
+                format!("at most {MAX_RANK}"),
+                self.rank,
+            ));
+        }
+        if !self.scaling.is_finite() {
+            return Err(Error::argument(format!("adapters[{i}].scaling"), "a finite number", self.scaling));
+        }
+        self.lora_a.check(&format!("adapters[{i}].lora_a"), self.rank * k, 16, device)?;
+        self.lora_b.check(&format!("adapters[{i}].lora_b"), n * self.rank, 16, device)?;
+        let (a, b) = (self.lora_a.address(), self.lora_b.address());
+        Ok(Entry { a, b, rank: self.rank as u32, scaling: self.scaling })
+    }
+}
+
+/// The low-rank branch of a product: `v lora_b^T`, added to `x w^T`.
+#[derive(Debug)]
+pub struct LowRank<'a, A> {
+    /// The adapters.
+    pub adapters: &'a AdapterTable<'a, A>,
+    /// Which adapter every token uses: `[tokens]`, -1 for none. Without it all use adapter 0. A token with any other
+    /// number that is not an adapter's gets NaN in all its outputs; [`check_adapter_index`] finds such numbers on the host.
+    pub index: Option<View<'a, i32>>,
+    /// What [`lora_shrink`](super::lora_shrink) made of the same adapters, index and x:
+    /// `[tokens, adapters.v_columns()]`, aligned to 16 bytes.
+    pub v: View<'a, f32>,
+}
+
+/// `struct LowRank` of `kernels/include/epilogue.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct LowRankParams {
+    v: u64,
+    adapters: Adapters,
+    b_is_f32: u32,
+    reserved: u32,
+}
+
+impl<A: Element> LowRank<'_, A> {
+    /// Checks the branch of a product with `n` outputs.
+    pub(super) fn params(&self, tokens: usize, n: usize, device: &Properties) -> Result<LowRankParams> {
+        if self.adapters.n() != n {
+            return Err(Error::argument("adapters.n", n.to_string(), self.adapters.n()));
+        }
+        self.v.check("v", tokens * self.adapters.v_columns(), 16, device)?;
+        let adapters = self.adapters.choose(self.index, tokens, device)?;
+        Ok(LowRankParams {
+            v: self.v.address(),
+            adapters,
+            b_is_f32: u32::from(A::DTYPE == DType::F32),
+            reserved: 0,
+        })
+    }
+}
+
+/// Columns of `v` for adapters of rank up to `max_rank`.
+pub(super) const fn v_columns(max_rank: usize) -> usize {
+    max_rank.next_multiple_of(4)
+}
+
+/// Checks a host copy of an adapter index against a table of `count` adapters.
+///
+/// # Errors
+/// [`Error::Argument`] naming the first token whose number is neither an adapter's nor -1.
+pub fn check_adapter_index(index: &[i32], count: usize) -> Result<()> {
+    let wrong = |&adapter: &i32| adapter != -1 && usize::try_from(adapter).map_or(true, |a| a >= count);
+    match index.iter().position(wrong) {
+        Some(i) => {
+            let wanted = format!("-1 or an adapter's number, below {count}");
+            Err(Error::argument(format!("adapter_index[{i}]"), wanted, index[i]))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The element types of adapters that can stand beside activations of type `x`: the same, or f32.
+pub(super) fn check_adapter_dtype(adapter: DType, x: DType) -> Result<()> {
+    if adapter == x || adapter == DType::F32 {
+        return Ok(());
+    }
+    Err(Error::argument("adapters.dtype", format!("{x} (as x) or f32"), adapter))
+}
