@@ -122,7 +122,7 @@ element!(
     F16,
     f16::to_f32,
     f16::from_f32,
-    f16::from_f64,
+    |v| f16::from_f32(round_to_odd(v)),
     |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to),
     |from: &[f32], to: &mut [f16]| to.convert_from_f32_slice(from)
 );
@@ -131,7 +131,47 @@ element!(
     BF16,
     bf16::to_f32,
     bf16::from_f32,
-    bf16::from_f64,
+    |v| bf16::from_f32(round_to_odd(v)),
     |from: &[bf16], to: &mut [f32]| from.convert_to_f32_slice(to),
     |from: &[f32], to: &mut [bf16]| to.convert_from_f32_slice(from)
 );
+
+/// The f32 from which a second rounding, to 16 bits, gives what one rounding of `value` would: exact values stay, and all
+/// others go to the neighbour whose last bit is 1 (Boldo and Melquiond 2008). `half` rounds f64 twice.
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || nearest.is_nan() {
+        return nearest;
+    }
+    let beyond = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values just beside the middle of two neighbours, closer to it than f32 can tell.
+    #[test]
+    fn f64_is_rounded_once() {
+        let above = |unit: f64| 1.0 + unit + 2.0f64.powi(-40);
+        let below = |unit: f64| 1.0 + 3.0 * unit - 2.0f64.powi(-40);
+        for dtype in [DType::F16, DType::BF16] {
+            let unit = dtype.unit_roundoff();
+            let round = |v: f64| match dtype {
+                DType::F16 => <f16 as Element>::from_f64(v).to_f64(),
+                _ => <bf16 as Element>::from_f64(v).to_f64(),
+            };
+            for sign in [1.0, -1.0] {
+                assert_eq!(round(sign * above(unit)), sign * (1.0 + 2.0 * unit), "{dtype}");
+                assert_eq!(round(sign * below(unit)), sign * (1.0 + 2.0 * unit), "{dtype}");
+                assert_eq!(round(sign * (1.0 + unit)), sign, "{dtype}: ties to even");
+            }
+        }
+        assert_eq!(round_to_odd(1e300), f32::MAX);
+        assert_eq!(<bf16 as Element>::from_f64(1e300), bf16::INFINITY);
+        assert_eq!(<f16 as Element>::from_f64(f64::NEG_INFINITY), f16::NEG_INFINITY);
+        assert_eq!(round_to_odd(-1e-300).to_bits(), (-0.0f32).to_bits() | 1);
+        assert!(<f16 as Element>::from_f64(f64::NAN).is_nan());
+    }
+}

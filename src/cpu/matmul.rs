@@ -202,7 +202,7 @@ impl<T: Element> Weight<'_, T> {
     }
 
     /// Row `n`, in `T`. It exists.
-    fn row(&self, n: usize, k: usize, row: &mut [T]) {
+    pub(super) fn row(&self, n: usize, k: usize, row: &mut [T]) {
         match self {
             Weight::Dense { data, .. } => row.copy_from_slice(&data[n * k..(n + 1) * k]),
             Weight::Nf4(nf4) => nf4.decode(n * k, row).expect("a row of the matrix"),
@@ -213,9 +213,18 @@ impl<T: Element> Weight<'_, T> {
 impl<T, A> MatmulExtras<'_, T, A> {
     /// The adapter of token `i`, which has been checked.
     pub(super) fn adapter(&self, i: usize) -> Option<&LowRank<'_, A>> {
-        let index = self.adapter_index.map_or(0, |index| index[i]);
-        usize::try_from(index).ok().and_then(|index| self.adapters.get(index))
+        adapter_of(self.adapters, self.adapter_index, i)
     }
+}
+
+/// The adapter of token `i`: without an index, the first one. The index has been checked.
+pub(super) fn adapter_of<'a, A>(
+    adapters: &'a [LowRank<'a, A>],
+    index: Option<&[i32]>,
+    i: usize,
+) -> Option<&'a LowRank<'a, A>> {
+    let index = index.map_or(0, |index| index[i]);
+    usize::try_from(index).ok().and_then(|index| adapters.get(index))
 }
 
 /// The sizes of a product that has been checked.
@@ -242,25 +251,50 @@ pub(super) fn check<T: Element, A: Element>(
     if let Some(row_scale) = extras.row_scale {
         check_len("row_scale", n, "elements", row_scale.len())?;
     }
-    for (i, LowRank { lora_a, lora_b, rank, .. }) in extras.adapters.iter().enumerate() {
-        let (a, b) = (format!("adapters[{i}].lora_a"), format!("adapters[{i}].lora_b"));
-        check_len(&a, checked(&a, *rank, k)?, "elements", lora_a.len())?;
-        check_len(&b, checked(&b, n, *rank)?, "elements", lora_b.len())?;
+    for (i, adapter) in extras.adapters.iter().enumerate() {
+        check_lora_a(&format!("adapters[{i}]"), adapter, k)?;
+        check_lora_b(&format!("adapters[{i}]"), adapter, n)?;
     }
-    if let Some(index) = extras.adapter_index {
-        check_len("adapter_index", m, "tokens", index.len())?;
-        let count = extras.adapters.len();
-        let exists = |&a: &i32| a == -1 || usize::try_from(a).is_ok_and(|a| a < count);
-        if let Some(i) = index.iter().position(|a| !exists(a)) {
-            let wanted = format!("-1, or an index of {count} adapters");
-            return Err(Error::argument(format!("adapter_index[{i}]"), wanted, index[i]));
-        }
-    }
+    check_adapter_index(extras.adapter_index, m, extras.adapters.len())?;
     Ok(Shape { m, n, k, y_len: checked("y", m, n)? })
 }
 
+/// Checks that `lora_a` is `[rank, k]`.
+pub(super) fn check_lora_a<A>(name: &str, adapter: &LowRank<'_, A>, k: usize) -> Result<()> {
+    let argument = format!("{name}.lora_a");
+    check_len(&argument, checked(&argument, adapter.rank, k)?, "elements", adapter.lora_a.len())
+}
+
+/// Checks that `lora_b` is `[n, rank]`.
+pub(super) fn check_lora_b<A>(name: &str, adapter: &LowRank<'_, A>, n: usize) -> Result<()> {
+    let argument = format!("{name}.lora_b");
+    check_len(&argument, checked(&argument, n, adapter.rank)?, "elements", adapter.lora_b.len())
+}
+
+/// Checks that a row of `v` has room for the adapter.
+pub(super) fn check_rank<A>(name: &str, adapter: &LowRank<'_, A>, max_rank: usize) -> Result<()> {
+    match adapter.rank <= max_rank {
+        true => Ok(()),
+        false => Err(Error::argument(format!("{name}.rank"), format!("at most {max_rank}"), adapter.rank)),
+    }
+}
+
+/// Checks that each of `m` tokens has an adapter that exists, or none (-1).
+pub(super) fn check_adapter_index(index: Option<&[i32]>, m: usize, count: usize) -> Result<()> {
+    let Some(index) = index else { return Ok(()) };
+    check_len("adapter_index", m, "tokens", index.len())?;
+    let exists = |&a: &i32| a == -1 || usize::try_from(a).is_ok_and(|a| a < count);
+    match index.iter().position(|a| !exists(a)) {
+        None => Ok(()),
+        Some(i) => {
+            let wanted = format!("-1, or an index of {count} adapters");
+            Err(Error::argument(format!("adapter_index[{i}]"), wanted, index[i]))
+        }
+    }
+}
+
 /// `rows * columns`, unless it overflows.
-fn checked(argument: &str, rows: usize, columns: usize) -> Result<usize> {
+pub(super) fn checked(argument: &str, rows: usize, columns: usize) -> Result<usize> {
     rows.checked_mul(columns).ok_or_else(|| {
         Error::argument(argument, "a size that fits in memory", format!("[{rows}, {columns}]"))
     })
