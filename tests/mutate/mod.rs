@@ -1,5 +1,7 @@
 //! Real files, taken apart to be put together wrongly.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -58,6 +60,11 @@ impl Tensors {
 
     pub fn rename(&mut self, from: &str, to: &str) {
         let tensor = self.0.remove(from).unwrap_or_else(|| panic!("no {from}"));
+        self.0.insert(to.to_owned(), tensor);
+    }
+
+    pub fn copy(&mut self, from: &str, to: &str) {
+        let tensor = self.get(from).clone();
         self.0.insert(to.to_owned(), tensor);
     }
 
