@@ -24,7 +24,7 @@ pub use codebook::{Codebook, QuantType};
 pub use dequantize::dequantize;
 pub use dynamic_map::DYNAMIC_MAP;
 pub use matrix::{Nesting, Nf4Matrix};
-pub use nested::{Absmax, NESTED_BLOCKSIZE, NestedAbsmax, nest};
+pub use nested::{Absmax, NESTED_BLOCKSIZE, NestedAbsmax, nest, nest_about};
 pub use quantize::quantize;
 
 use crate::{Error, Result};

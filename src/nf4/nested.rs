@@ -107,14 +107,20 @@ impl NestedAbsmax {
     }
 }
 
-/// Quantises scales: minus their mean, in blocks of 256, to the nearest value of [`DYNAMIC_MAP`]; halfway between two of
-/// them, to the even index.
+/// Double quantises scales about their mean.
 ///
 /// The mean is summed in f64, in an order that many threads can keep: lane j of 65536 adds values j, j + 65536, ... in
-/// turn, then neighbouring lanes are added until one is left. A nested block whose scales all equal the mean stores 0 and the index of 0 (127).
-/// One scale that is not finite makes the mean so, and with it every element of the tensor NaN.
+/// turn, then neighbouring lanes are added until one is left. One scale that is not finite makes the mean so, and with it
+/// every element of the tensor NaN.
 pub fn nest(absmax: &[f32]) -> NestedAbsmax {
-    let offset = (sum(absmax) / absmax.len().max(1) as f64) as f32;
+    nest_about(absmax, (sum(absmax) / absmax.len().max(1) as f64) as f32)
+}
+
+/// Double quantises scales: minus `offset`, in blocks of 256, to the nearest value of [`DYNAMIC_MAP`]; halfway between two
+/// of them, to the even index. A nested block whose scales all equal the offset stores 0, and 127, the index of 0.
+///
+/// (bitsandbytes' offset is the mean too, but in an order of f32 additions that differs between its backends.)
+pub fn nest_about(absmax: &[f32], offset: f32) -> NestedAbsmax {
     let mut nested = NestedAbsmax {
         q: Vec::with_capacity(absmax.len()),
         absmax: Vec::with_capacity(block_count(absmax.len(), NESTED_BLOCKSIZE)),
