@@ -189,6 +189,7 @@ fn compile(nvcc: &Path, version: &str, sources: &Sources, out: &Path) -> Result<
         return Err(errors);
     }
     write(&folder.join("MANIFEST"), &sources.manifest()?)?;
+    write(&folder.join("NVCC"), &nvcc.to_string_lossy())?;
     Ok(folder)
 }
 
