@@ -1,2 +1,49 @@
 //! The `lora-kernels` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod inspect;
+mod table;
+mod tensors;
+mod verify;
+
+/// Low-rank adapters on dense and NF4 weights.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what a checkpoint or an adapter holds.
+    Inspect(inspect::Arguments),
+    /// Check this library against a folder of reference data.
+    Verify(verify::Arguments),
+}
+
+/// An error and its causes, each said once.
+fn text(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.ends_with(&cause) { text } else { format!("{text}: {cause}") }
+    })
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {}", text(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

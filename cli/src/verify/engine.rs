@@ -1,0 +1,110 @@
+//! The operations that the checks ask for, over host data, so that every device answers the same questions.
+
+use lora_kernels::nf4::{NestedAbsmax, Nf4Matrix};
+use lora_kernels::{DType, Error, Result, Tensor};
+
+/// A frozen weight `[n, k]`.
+#[derive(Clone, Copy)]
+pub enum Weight<'a> {
+    /// Dense, of one element type.
+    Dense(&'a Tensor),
+    /// 4-bit; decoded to the type of the activations.
+    Nf4(&'a Nf4Matrix),
+}
+
+/// One adapter's factors, as the low-rank products take them.
+#[derive(Clone)]
+pub struct LowRank {
+    /// `[rank, k]`.
+    pub lora_a: Tensor,
+    /// `[n, rank]`.
+    pub lora_b: Tensor,
+    /// `delta = scaling * lora_b @ lora_a`.
+    pub scaling: f64,
+}
+
+/// What a product adds to `x W^T`.
+#[derive(Clone, Copy, Default)]
+pub struct Extras<'a> {
+    /// `[n]`, of the type of the activations.
+    pub bias: Option<&'a Tensor>,
+    /// `[n]`: `y = row_scale * (x W^T + ...) + bias`.
+    pub row_scale: Option<&'a [f32]>,
+    /// The adapters on this layer.
+    pub adapters: &'a [LowRank],
+    /// Which adapter each row of `x` uses, -1 for none. Absent: the first one for every row.
+    pub adapter_index: Option<&'a [i32]>,
+}
+
+/// Adds a low-rank delta to a weight, or takes it away.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// `W' = row_scale (W + delta)`.
+    Merge,
+    /// `W = W' / row_scale - delta`.
+    Unmerge,
+}
+
+/// A device. An operation that it lacks is an [`Error::Unsupported`](lora_kernels::Error::Unsupported).
+pub trait Engine {
+    /// What runs, for the user.
+    fn name(&self) -> String;
+
+    /// Packed codes and absmax of the elements of `x`, in flat blocks of `blocksize`.
+    fn nf4_quantize(&self, x: &Tensor, blocksize: usize) -> Result<(Vec<u8>, Vec<f32>)>;
+
+    /// Double quantisation of `absmax`.
+    fn absmax_quantize(&self, absmax: &[f32]) -> Result<NestedAbsmax>;
+
+    /// The elements of `weight` as `dtype`.
+    fn nf4_dequantize(&self, weight: &Nf4Matrix, dtype: DType) -> Result<Tensor>;
+
+    /// `y = row_scale * (x W^T + low-rank) + bias`, `[m, n]` of the type of `x` `[m, k]`.
+    fn matmul(&self, x: &Tensor, weight: Weight<'_>, extras: Extras<'_>) -> Result<Tensor>;
+
+    /// DoRA's `magnitude / ||W + delta||` of every row.
+    fn dora_scale(&self, weight: Weight<'_>, lora: &LowRank, magnitude: &[f32]) -> Result<Vec<f32>>;
+
+    /// Merges into a dense weight `[n, k]` (`[k, n]` where `fan_in_fan_out`), or out of it.
+    fn merge(
+        &self,
+        direction: Direction,
+        weight: &Tensor,
+        lora: &LowRank,
+        row_scale: Option<&[f32]>,
+        fan_in_fan_out: bool,
+    ) -> Result<Tensor>;
+
+    /// Decodes, merges (or unmerges) and quantises again, with the same blocksize and nesting.
+    fn nf4_merge(
+        &self,
+        direction: Direction,
+        weight: &Nf4Matrix,
+        lora: &LowRank,
+        row_scale: Option<&[f32]>,
+    ) -> Result<Nf4Matrix>;
+}
+
+/// Where the operations run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// The reference in Rust.
+    #[default]
+    Cpu,
+    /// The compiled kernels, executed on the CPU with checks.
+    Emulator,
+    /// The compiled kernels on the first NVIDIA GPU.
+    Cuda,
+}
+
+/// The engine of a choice.
+///
+/// # Errors
+/// [`Error::NoDevice`](lora_kernels::Error::NoDevice) when there is no GPU.
+pub fn open(choice: Choice) -> Result<Box<dyn Engine>> {
+    match choice {
+        Choice::Cpu => Ok(Box::new(super::cpu::Cpu)),
+        Choice::Emulator => Err(Error::unsupported("--device emulator", "running the kernels")),
+        Choice::Cuda => Err(Error::unsupported("--device cuda", "running the kernels")),
+    }
+}
