@@ -31,8 +31,11 @@ fn every_entry_is_in_the_registry_with_the_size_of_its_parameters() {
         assert_eq!(again, None, "{} is registered twice", kernel.entry);
     }
     for target in Target::ALL {
-        let compiled: BTreeMap<_, _> =
-            modules().iter().filter(|image| image.target == target).map(|image| (image.module, entries(image))).collect();
+        let compiled: BTreeMap<_, _> = modules()
+            .iter()
+            .filter(|image| image.target == target)
+            .map(|image| (image.module, entries(image)))
+            .collect();
         assert_eq!(compiled, registered, "compiled for {target} (left) and registered (right)");
     }
 }
@@ -54,7 +57,12 @@ fn ptx_is_stamped_for_drivers_from_r525_on() {
             Target::Compute90a => (".version 8.0", ".target sm_90a"),
         };
         for line in [version, target] {
-            assert!(image.ptx.lines().any(|l| l == line), "{} for {} has no `{line}`", image.module, image.target);
+            assert!(
+                image.ptx.lines().any(|l| l == line),
+                "{} for {} has no `{line}`",
+                image.module,
+                image.target
+            );
         }
     }
 }
