@@ -553,6 +553,23 @@ fn all_biases() {
     assert!(Tensors::parse(&file.to_bytes().unwrap().1).0 == tensors.0);
 }
 
+/// PEFT saves modules whose name ends with an entry of `modules_to_save`, and adapts none that has one as a part of its name.
+#[test]
+fn modules_to_save_by_the_end_of_their_name() {
+    let (config, model) = files(&Path::new(DATA).join(LORA));
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["modules_to_save"] = json!(["norm", "_mlp"]);
+    let mut tensors = Tensors::parse(&model);
+    for name in ["model.norm.weight", "model.layers.0.input_layernorm.weight"] {
+        tensors.0.insert(format!("base_model.model.{name}"), (Dtype::F32, vec![1], vec![0; 4]));
+    }
+    let file = AdapterFile::parse(config.to_string().as_bytes(), &tensors.bytes()).unwrap();
+    assert_eq!(file.base_tensors.len(), 2);
+    tensors.rename("base_model.model.model.norm.weight", "base_model.model.model.norms.weight");
+    let refused = AdapterFile::parse(config.to_string().as_bytes(), &tensors.bytes());
+    assert_refused("norms", refused, &["model.norms.weight"]);
+}
+
 /// The tensors of a base model, and their shapes.
 fn base(name: &str) -> BTreeMap<String, Vec<usize>> {
     let tensors = Tensors::read(Path::new(DATA).join(name).join("base/model.safetensors")).0;

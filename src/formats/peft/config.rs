@@ -287,11 +287,24 @@ impl Config {
         })
     }
 
-    /// Whether a tensor of the base (`lm_head.weight`) belongs to a module of [`modules_to_save`](Self::modules_to_save).
+    /// Whether a tensor of the base (`lm_head.weight`) belongs to a module of [`modules_to_save`](Self::modules_to_save). PEFT
+    /// goes by the end of the module's name, wherever that begins: `norm` is also `input_layernorm`.
     pub(super) fn saves(&self, tensor: &str) -> bool {
-        let modules = tensor.match_indices('.').map(|(dot, _)| &tensor[..dot]);
-        modules.into_iter().any(|module| self.modules_to_save.iter().any(|name| ends_with_name(module, name)))
+        modules(tensor).any(|module| self.modules_to_save.iter().any(|name| module.ends_with(name)))
     }
+
+    /// Whether a module lies in one of [`modules_to_save`](Self::modules_to_save), which PEFT does not adapt. Here it does go by
+    /// whole names.
+    pub(super) fn saves_around(&self, module: &str) -> bool {
+        modules(module)
+            .chain([module])
+            .any(|m| self.modules_to_save.iter().any(|name| ends_with_name(m, name)))
+    }
+}
+
+/// The modules that a name lies in, outermost first.
+fn modules(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices('.').map(|(dot, _)| &name[..dot])
 }
 
 /// `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern`.

@@ -91,7 +91,7 @@ fn adapters(
     let selection = config.selection()?;
     let mut adapters = BTreeMap::new();
     for (name, parts) in modules {
-        if !selection.contains(&name) || config.saves(&format!("{name}.")) {
+        if !selection.contains(&name) || config.saves_around(&name) {
             let place = format!("{}: {PREFIX}{name}", file.name());
             return Err(Error::format(place, "a module that target_modules chooses", "one that it does not"));
         }
