@@ -3,14 +3,22 @@
 //! Each kind is a type of its own, checked when it is made. [`Adapter`] is any one of them.
 
 mod adalora;
+mod base;
 mod dora;
 mod embedding;
+mod extract;
 mod lora;
+mod merge;
+mod stack;
+mod update;
 
 pub use adalora::AdaLora;
+pub use base::Base;
 pub use dora::Dora;
 pub use embedding::EmbeddingLora;
+pub use extract::{Extraction, extract};
 pub use lora::{Lora, Scaling};
+pub use stack::Stack;
 
 use crate::{Error, Result, Tensor};
 
@@ -69,6 +77,15 @@ impl Adapter {
             (n, k) if self.fan_in_fan_out() => [k, n],
             (n, k) => [n, k],
         }
+    }
+
+    /// `scaling * lora_b @ lora_a` in f64, of [`Adapter::weight_shape`], row-major: what PEFT calls the delta weight. DoRA's
+    /// is that of its direction.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it does not fit in memory.
+    pub fn delta(&self) -> Result<Vec<f64>> {
+        update::Update::of(self).delta()
     }
 
     /// `[rank, in]`.
