@@ -539,6 +539,18 @@ fn harmless_fields_are_kept() {
     assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), config);
 }
 
+/// An expression as fine-tuning tools write it for models with several towers.
+#[test]
+fn long_expressions_are_understood() {
+    let (config, model) = files(&Path::new(DATA).join(LORA));
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    let expression = r"(?:.*?(?:language|text).*?(?:self_attn|mlp|dense).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))";
+    config["target_modules"] = json!(expression);
+    assert_eq!(AdapterFile::parse(config.to_string().as_bytes(), &model).unwrap().adapters.len(), 14);
+    config["target_modules"] = json!(expression.replace("|down_proj", ""));
+    assert_refused("fewer", AdapterFile::parse(config.to_string().as_bytes(), &model), &["down_proj"]);
+}
+
 /// With `bias: all` the file has biases of modules without adapter, too.
 #[test]
 fn all_biases() {

@@ -33,7 +33,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-pub use quant_state::QuantState;
+pub use quant_state::{NestedState, QuantState};
 pub use reader::{Parameter, Reader};
 pub use writer::SaveOptions;
 
