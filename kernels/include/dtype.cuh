@@ -153,3 +153,15 @@ struct Eight<float> {
             if (i < count) p[i] = x[i];
     }
 };
+
+// What the host calls the element types. Twin: cuda::check::code.
+enum DTypeCode : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
+
+// x rounded to a type that is known at run time.
+__device__ __forceinline__ float round_to(uint32_t dtype, float x) {
+    switch (dtype) {
+        case kF32: return x;
+        case kF16: return to_f32(from_f32<f16>(x));
+        default: return to_f32(from_f32<bf16>(x));
+    }
+}

@@ -75,19 +75,20 @@ struct BinnedSearch {
         return __fmaf_rn(__saturatef(__fmaf_rn(x, 0.5f, 0.5f)), float(kBins - 1), 8388608.0f);
     }
 
-    // All threads of the block must come here.
+    // All threads of the block, 256, must come here.
     __device__ __forceinline__ BinnedSearch(const Encoder& encoder, Table& table) {
-        for (uint32_t i = threadIdx.x; i < kBins * 32; i += blockDim.x) {
-            const float number = __uint_as_float(0x4b000000u + i / 32);
-            Bin entry{__int_as_float(0x7f800000), 0};
+        const uint32_t mine = threadIdx.x / 4;
+        const float number = __uint_as_float(0x4b000000u + mine);
+        Bin entry{__int_as_float(0x7f800000), 0};
 #pragma unroll
-            for (int t = 0; t < 15; ++t) {
-                const float its_bin = bin(encoder.threshold[t]);
-                if (its_bin < number) ++entry.rank;
-                if (its_bin == number) entry.threshold = encoder.threshold[t];
-            }
-            table[i / 32][i % 32] = entry;
+        for (int t = 0; t < 15; ++t) {
+            const float its_bin = bin(encoder.threshold[t]);
+            if (its_bin < number) ++entry.rank;
+            if (its_bin == number) entry.threshold = encoder.threshold[t];
         }
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i)  // the eight bins of a warp go to different banks
+            table[mine][threadIdx.x % 4 + (i + mine) % 8 * 4] = entry;
         __syncthreads();
         // bin() is read as an integer, whose upper bits this takes away again.
         base = uint32_t(__cvta_generic_to_shared(&table[0][threadIdx.x % 32])) - 0x4b000000u * uint32_t(sizeof(table[0]));
@@ -128,3 +129,11 @@ struct CountingSearch {
         return codes;
     }
 };
+
+// The codes of eight elements of a block. Changes x.
+template <typename Search>
+__device__ __forceinline__ uint32_t encode_block(const Search& search, const Encoder& encoder, float absmax, float (&x)[8]) {
+    if (!(absmax > 0.0f)) return encoder.zero;
+    normalize(absmax, x);
+    return search.encode(x);
+}

@@ -50,6 +50,25 @@ struct Absmax {
 };
 static_assert(sizeof(Absmax) == 48, "the Rust twin has this size");
 
+// A 4-bit matrix that is read as numbers of a known type. Twin: cuda::nf4::Weight.
+struct Nf4Weight {
+    const uint8_t* packed;  // [ceil(numel / 2)]
+    Absmax absmax;
+    Codebook codebook;
+    uint32_t block_shift;  // log2 of the blocksize
+    uint32_t dtype;        // weights are rounded to this type; kF32 leaves them exact
+
+    // Any one element.
+    __device__ __forceinline__ float operator[](uint64_t index) const {
+        const uint64_t block[1] = {index >> block_shift};
+        float scale[1];
+        absmax.load(block, scale);
+        const uint32_t code = packed[index / 2] >> (index % 2 ? 0 : 4) & 15;
+        return round_to(dtype, __fmul_rn(codebook.value[code], scale[0]));
+    }
+};
+static_assert(sizeof(Nf4Weight) == 128, "the Rust twin has this size");
+
 // Decodes through the warp: lane i of every 16 keeps value[i], and a shuffle by the code fetches it. All lanes of the
 // warp must take part. This is for kernels that need the exact f32 value; it costs about 2.4 instructions per weight.
 struct WarpDecoder {

@@ -1,0 +1,95 @@
+// Adapters into a dense weight and out again, elementwise in f32 with one rounding at the end:
+//     merge:   t = w; t = fma(scaling, delta, t) for every adapter; out = T(row_scale * t)
+//     unmerge: t = w / row_scale; t = fma(-scaling, delta, t) for every adapter, the last first; out = T(t)
+// Reads and writes every weight once; up to a rank of about 24 in all, that is the limit, and multiply-adds beyond.
+#include "delta.cuh"
+
+struct Params {
+    const void* w;           // T [rows, columns]
+    void* out;               // T [rows, columns]; may be w
+    const float* row_scale;  // one per output, or null
+    uint32_t rows, columns;
+    uint32_t transposed;     // w is [in, out]: outputs are columns
+    uint32_t unmerge;
+    uint32_t vectors;        // rows of w and out begin at multiples of 16 bytes
+    uint32_t column_tiles;
+    Deltas deltas;
+};
+static_assert(sizeof(Params) == 248, "the Rust twin has this size");
+
+// Multiplies (or divides) the thread's elements by their outputs' scales.
+template <bool Divide>
+__device__ __forceinline__ void scale(const Params& p, uint32_t row, uint32_t column, float (&t)[kRowsPerThread][8]) {
+    const uint32_t first = p.transposed ? column : row, outputs = p.transposed ? p.columns : p.rows;
+    float scales[8];
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) scales[i] = first + i < outputs ? p.row_scale[first + i] : 1.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsPerThread; ++i)
+#pragma unroll
+        for (uint32_t j = 0; j < 8; ++j) {
+            const float its = p.transposed ? scales[j] : scales[i];
+            t[i][j] = Divide ? __fdiv_rn(t[i][j], its) : __fmul_rn(its, t[i][j]);
+        }
+}
+
+template <typename T>
+__device__ __forceinline__ void merge(const Params& p) {
+    __shared__ __align__(16) DeltaTile::Shared shared;
+    const Matrix matrix{p.rows, p.columns, p.transposed != 0};
+    const uint32_t tile_row = blockIdx.x / p.column_tiles * kTileRows, tile_column = blockIdx.x % p.column_tiles * kTileColumns;
+    const uint32_t row = tile_row + threadIdx.x / 16 * kRowsPerThread, column = tile_column + threadIdx.x % 16 * 8;
+    const int count = column < p.columns ? int(min(p.columns - column, 8u)) : 0;
+    const bool vectors = p.vectors && count == 8;
+    const uint64_t first = uint64_t(row) * p.columns + column;
+
+    Eight<T> stored[kRowsPerThread];
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsPerThread; ++i) {
+        const T* w = static_cast<const T*>(p.w) + first + uint64_t(i) * p.columns;
+        if (vectors && row + i < p.rows)
+            stored[i].load(w);
+        else
+            stored[i].load_part(w, row + i < p.rows ? count : 0);
+    }
+
+    const DeltaTile tile(shared, matrix, tile_row, tile_column, p.deltas.dtype);
+    const auto adapter = [&](uint32_t turn) -> const Delta& { return p.deltas.item[p.unmerge ? p.deltas.count - 1 - turn : turn]; };
+    tile.begin(adapter(0));
+    float t[kRowsPerThread][8];
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(t[i]);
+    if (p.unmerge && p.row_scale) scale<true>(p, row, column, t);
+#pragma unroll 1
+    for (uint32_t turn = 0; turn < p.deltas.count; ++turn) {
+        float delta[kRowsPerThread][8];
+        tile.finish(adapter(turn), delta);
+        if (turn + 1 < p.deltas.count) tile.begin(adapter(turn + 1));
+        const float scaling = p.unmerge ? -adapter(turn).scaling : adapter(turn).scaling;
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsPerThread; ++i)
+#pragma unroll
+            for (uint32_t j = 0; j < 8; ++j) t[i][j] = __fmaf_rn(scaling, delta[i][j], t[i][j]);
+    }
+    if (!p.unmerge && p.row_scale) scale<false>(p, row, column, t);
+
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsPerThread; ++i) {
+        if (row + i >= p.rows) break;
+        T* out = static_cast<T*>(p.out) + first + uint64_t(i) * p.columns;
+        stored[i].round(t[i]);
+        if (vectors)
+            stored[i].store(out);
+        else
+            stored[i].store_part(out, count);
+    }
+}
+
+#define ENTRY(T, NAME)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(kTileThreads, 2) NAME(const __grid_constant__ Params p) { \
+        merge<T>(p);                                                                                       \
+    }
+
+ENTRY(float, merge_f32)
+ENTRY(f16, merge_f16)
+ENTRY(bf16, merge_bf16)
