@@ -58,7 +58,7 @@ __device__ __forceinline__ void sum(const Params& p, Rows& weight) {
         const uint32_t column = tile_column + x * 8;
         weight.fetch(matrix, row, column);
         const DeltaTile tile(shared, matrix, tile_row, tile_column, p.deltas.dtype);
-        tile.begin(p.deltas.item[0]);
+        if (p.deltas.count) tile.begin(p.deltas.item[0]);
         float t[kRowsPerThread][8];
         weight.decode(matrix, row, column, t);
 #pragma unroll 1

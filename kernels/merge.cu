@@ -55,7 +55,7 @@ __device__ __forceinline__ void merge(const Params& p) {
 
     const DeltaTile tile(shared, matrix, tile_row, tile_column, p.deltas.dtype);
     const auto adapter = [&](uint32_t turn) -> const Delta& { return p.deltas.item[p.unmerge ? p.deltas.count - 1 - turn : turn]; };
-    tile.begin(adapter(0));
+    if (p.deltas.count) tile.begin(adapter(0));
     float t[kRowsPerThread][8];
 #pragma unroll
     for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(t[i]);

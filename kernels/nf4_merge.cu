@@ -1,6 +1,6 @@
 // Adapters into a 4-bit weight: decode, add, and encode again in one pass, or store as a dense type. Per element, in f32:
 //     t = the weight, rounded to its dtype; t = fma(scaling, delta, t) for every adapter; t = row_scale * t
-// and t, rounded to `result_dtype`, is encoded with a new absmax per block (or stored).
+// and t is encoded with a new absmax per block, or rounded once to a dense type.
 //
 // nf4_merge_tiled and nf4_merge_T take 64 x 128 tiles as merge.cu does; in the first a quantisation block must lie within a
 // row of a tile. nf4_merge_flat does without: any block, any row length, but every element fetches its own factors.
@@ -16,12 +16,10 @@ struct Params {
     const float* row_scale;  // [rows], or null
     uint32_t rows, columns;
     uint32_t column_tiles;
-    uint32_t result_dtype;
     uint32_t vectors;  // rows of `dense` begin at multiples of 16 bytes
-    uint32_t padding;
     Deltas deltas;
 };
-static_assert(sizeof(Params) == 472, "the Rust twin has this size");
+static_assert(sizeof(Params) == 464, "the Rust twin has this size");
 
 // The place of a block of threads, and of a thread, in the matrix.
 struct Place {
@@ -39,7 +37,7 @@ __device__ __forceinline__ void merge_tile(const Params& p, const Place& place, 
     Nf4Rows weight(p.weight);
     weight.fetch(matrix, place.row, place.column);
     const DeltaTile tile(shared, matrix, place.tile_row, place.tile_column, p.deltas.dtype);
-    tile.begin(p.deltas.item[0]);
+    if (p.deltas.count) tile.begin(p.deltas.item[0]);
     weight.decode(matrix, place.row, place.column, t);
 #pragma unroll 1
     for (uint32_t number = 0; number < p.deltas.count; ++number) {
@@ -70,8 +68,6 @@ __device__ __forceinline__ void to_nf4(const Params& p) {
     merge_tile(p, place, shared, t);
 #pragma unroll
     for (uint32_t i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) t[i][j] = round_to(p.result_dtype, t[i][j]);
         const float absmax = stored_absmax(largest_of_lanes(magnitude(t[i]), 1u << (p.output.block_shift - 3)));
         const uint32_t codes = encode_block(search, p.encoder, absmax, t[i]);
         if (place.row + i >= p.rows || place.column >= p.columns) continue;
@@ -137,7 +133,6 @@ extern "C" __global__ void __launch_bounds__(kFlatThreads) nf4_merge_flat(const 
                 for (uint32_t i = 0; i < p.deltas.count; ++i)
                     x = __fmaf_rn(p.deltas.item[i].scaling, delta_at(p.deltas, i, p.columns, row, column), x);
                 if (p.row_scale) x = __fmul_rn(p.row_scale[row], x);
-                x = round_to(p.result_dtype, x);
             }
 #pragma unroll
             for (uint32_t k = 0; k < 8; ++k)  // t[c][j] = x, in registers

@@ -154,7 +154,7 @@ struct Eight<float> {
     }
 };
 
-// What the host calls the element types. Twin: cuda::check::code.
+// What the host calls the element types. Twin: cuda::deltas::code.
 enum DTypeCode : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
 // x rounded to a type that is known at run time.

@@ -7,18 +7,23 @@
 pub mod absmax_quantize;
 mod adapter_table;
 mod check;
+mod deltas;
+pub mod dora_scale;
 #[cfg(feature = "cuda")]
 mod driver;
 mod image;
 pub mod lora_expand;
 pub mod lora_shrink;
+pub mod merge;
 mod nf4;
 pub mod nf4_dequantize;
+pub mod nf4_merge;
 pub mod nf4_quantize;
 mod queue;
 mod view;
 
 pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, check_adapter_index};
+pub use deltas::{MAX_DELTAS, UpdateView};
 #[cfg(feature = "cuda")]
 pub use driver::{CudaQueue, CudaRead, CudaWrite};
 pub use image::{Image, Target, modules, origin};
@@ -29,9 +34,12 @@ pub use view::{MemoryId, View, ViewMut};
 /// The tables of all operations: one line each.
 const KERNELS: &[&[Kernel]] = &[
     absmax_quantize::KERNELS,
+    dora_scale::KERNELS,
     lora_expand::KERNELS,
     lora_shrink::KERNELS,
+    merge::KERNELS,
     nf4_dequantize::KERNELS,
+    nf4_merge::KERNELS,
     nf4_quantize::KERNELS,
 ];
 

@@ -2,9 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::deltas::code;
 use super::{Properties, View, ViewMut};
 use crate::nf4::{Codebook, block_count, check_blocksize, packed_len};
-use crate::{Error, Result};
+use crate::{DType, Error, Result};
 
 /// A 4-bit matrix in the layout of files: flattened row-major, blocks of `blocksize` elements, two codes per byte, the
 /// first in the high nibble.
@@ -71,7 +72,55 @@ pub(super) struct Encoder {
     codes: u64,
 }
 
+/// `Nf4Weight` of `nf4.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Weight {
+    packed: u64,
+    absmax: Absmax,
+    codebook: Values,
+    block_shift: u32,
+    dtype: u32,
+}
+
+/// `FlatOutput` of `flat.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Output {
+    packed: u64,
+    absmax: u64,
+    numel: u64,
+    block_shift: u32,
+    padding: u32,
+}
+
 const _: () = assert!(size_of::<Values>() == 64 && size_of::<Absmax>() == 48 && size_of::<Encoder>() == 72);
+const _: () = assert!(size_of::<Weight>() == 128 && size_of::<Output>() == 32);
+
+impl Weight {
+    /// A weight that is rounded to `dtype` when it is read.
+    pub(super) fn new(weight: &Nf4View<'_>, dtype: DType) -> Self {
+        Self {
+            packed: weight.packed.address(),
+            absmax: weight.absmax.params(),
+            codebook: weight.values(),
+            block_shift: weight.block_shift(),
+            dtype: code(dtype),
+        }
+    }
+}
+
+impl Output {
+    pub(super) fn new(out: &Nf4ViewMut<'_>, numel: usize, blocksize: usize) -> Self {
+        Self {
+            packed: out.packed.address(),
+            absmax: out.absmax.address(),
+            numel: numel as u64,
+            block_shift: blocksize.trailing_zeros(),
+            padding: 0,
+        }
+    }
+}
 
 impl Nf4View<'_> {
     /// Checks that this holds `numel` elements in the memory of `device`.

@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::check::find;
-use super::nf4::{Encoder, Nf4ViewMut, Search};
+use super::nf4::{Encoder, Nf4ViewMut, Output, Search};
 use super::{Kernel, Launch, Properties, Queue, View};
 use crate::nf4::{Codebook, check_blocksize};
 use crate::{DType, Element, Error, Result};
@@ -31,12 +31,8 @@ const TILE: usize = 4096;
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
     x: u64,
-    packed: u64,
-    absmax: u64,
-    numel: u64,
+    output: Output,
     encoder: Encoder,
-    block_shift: u32,
-    padding: u32,
 }
 
 const _: () = assert!(size_of::<Params>() == 112);
@@ -100,15 +96,8 @@ impl Plan {
         x.check("x", numel, size_of::<T>() as u64, device)?;
         out.check(numel, blocksize, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
-        let params = Params {
-            x: x.address(),
-            packed: out.packed.address(),
-            absmax: out.absmax.address(),
-            numel: numel as u64,
-            encoder: self.encoder,
-            block_shift: blocksize.trailing_zeros(),
-            padding: 0,
-        };
+        let params =
+            Params { x: x.address(), output: Output::new(&out, numel, blocksize), encoder: self.encoder };
         let launch = Launch {
             kernel,
             grid: [self.blocks, 1, 1],
