@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod demo;
 mod inspect;
 mod table;
 mod tensors;
@@ -19,6 +20,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run 4-bit weights and adapters from file to result, and compare with the stored truth.
+    Demo(demo::Arguments),
     /// Show what a checkpoint or an adapter holds.
     Inspect(inspect::Arguments),
     /// Check this library against a folder of reference data.
@@ -35,6 +38,7 @@ fn text(error: &anyhow::Error) -> String {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };

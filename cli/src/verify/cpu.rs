@@ -31,6 +31,8 @@ macro_rules! typed {
     };
 }
 
+pub(super) use typed;
+
 impl Engine for Cpu {
     fn name(&self) -> String {
         "the CPU reference".to_owned()
@@ -145,7 +147,7 @@ fn merge<T: Element, A: Element>(
 }
 
 /// The elements, whose type the caller has looked up.
-fn elements<T: Element>(tensor: &Tensor) -> &[T] {
+pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
     tensor.as_slice().expect("dispatched by dtype")
 }
 

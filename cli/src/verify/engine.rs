@@ -97,6 +97,18 @@ pub enum Choice {
     Cuda,
 }
 
+/// The GPU, or the CPU where there is none, with the reason why.
+///
+/// # Errors
+/// What goes wrong on a GPU that is there.
+pub fn open_best() -> Result<(Box<dyn Engine>, Option<String>)> {
+    match open(Choice::Cuda) {
+        Ok(engine) => Ok((engine, None)),
+        Err(error @ Error::NoDevice { .. }) => Ok((open(Choice::Cpu)?, Some(error.to_string()))),
+        Err(error) => Err(error),
+    }
+}
+
 /// The engine of a choice.
 ///
 /// # Errors
@@ -105,6 +117,6 @@ pub fn open(choice: Choice) -> Result<Box<dyn Engine>> {
     match choice {
         Choice::Cpu => Ok(Box::new(super::cpu::Cpu)),
         Choice::Emulator => Err(Error::unsupported("--device emulator", "running the kernels")),
-        Choice::Cuda => Err(Error::unsupported("--device cuda", "running the kernels")),
+        Choice::Cuda => Ok(Box::new(super::device::Kernels::cuda()?)),
     }
 }

@@ -7,6 +7,7 @@
 mod blocks;
 mod bounds;
 mod cpu;
+mod device;
 mod engine;
 mod layer;
 mod multi_adapter;
@@ -19,6 +20,7 @@ mod qlora;
 mod real_minilm;
 mod report;
 mod svd;
+mod timed;
 mod truth;
 
 use std::collections::BTreeSet;
@@ -26,11 +28,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
 use lora_kernels::DType;
 
 use crate::tensors::{Sidecar, TensorFile};
-use engine::Engine;
-use report::{Case, Report};
+use timed::Timed;
+
+pub use engine::{Choice, Engine, open, open_best};
+pub use report::{Case, Report, Stage, Verdict};
 
 /// Arguments of `lora-kernels verify`.
 #[derive(clap::Args)]
@@ -39,7 +44,7 @@ pub struct Arguments {
     dir: PathBuf,
     /// Where the operations run.
     #[arg(long, value_enum, default_value_t)]
-    device: engine::Choice,
+    device: Choice,
     /// Check these families only.
     #[arg(long, value_delimiter = ',')]
     family: Vec<String>,
@@ -65,21 +70,23 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     for name in &arguments.family {
         ensure!(known.contains(&name.as_str()), "--family: wanted one of {}, got {name}", known.join(", "));
     }
-    let engine = engine::open(arguments.device)?;
+    let engine = open(arguments.device)?;
     println!("{} on {}\n", arguments.dir.display(), engine.name());
-    let report = check(&arguments.dir, &arguments.family, &*engine)?;
+    let report = check(&arguments.dir, &arguments.family, None, &*engine)?;
     print!("{report}");
     Ok(report.is_good())
 }
 
-/// Checks the families of `root` that `only` names, or all of them.
-fn check(root: &Path, only: &[String], engine: &dyn Engine) -> Result<Report> {
+/// Checks the families of `root` that `only` names, or all of them; of these, the files below the label `within`.
+pub fn check(root: &Path, only: &[String], within: Option<&str>, engine: &dyn Engine) -> Result<Report> {
     let mut report = Report::default();
+    let bar = ProgressBar::new_spinner(); // only on a terminal
     let wanted = |name: &str| only.is_empty() || only.iter().any(|o| o == name);
     let folders = entries(root)?.into_iter().filter(|e| root.join(e).is_dir());
     let found: Vec<_> = folders.collect();
     for (name, check) in FAMILIES.iter().filter(|(name, _)| wanted(name) && found.iter().any(|f| f == name)) {
-        let mut family = Family { root, path: PathBuf::from(name), engine, report: &mut report };
+        let mut family =
+            Family { root, path: PathBuf::from(name), within, engine, report: &mut report, bar: &bar };
         match check {
             Some(check) => check(&mut family),
             None => family.skip_all("training steps are not part of this version"),
@@ -90,7 +97,10 @@ fn check(root: &Path, only: &[String], engine: &dyn Engine) -> Result<Report> {
     for name in only.iter().filter(|o| !found.contains(o)) {
         report.case(name, "", |_| anyhow::bail!("{}: no such folder", root.join(name).display()));
     }
-    missing(root, &wanted, &mut report);
+    if within.is_none() {
+        missing(root, &wanted, &mut report);
+    }
+    bar.finish_and_clear();
     Ok(report)
 }
 
@@ -128,8 +138,10 @@ fn entries(path: &Path) -> Result<Vec<String>> {
 pub struct Family<'a> {
     root: &'a Path,
     path: PathBuf,
+    within: Option<&'a str>,
     engine: &'a dyn Engine,
     report: &'a mut Report,
+    bar: &'a ProgressBar,
 }
 
 /// A safetensors file and its sidecar; `label` is their common path inside the set, without the endings.
@@ -152,8 +164,17 @@ impl Family<'_> {
 
     /// Runs one case.
     fn case(&mut self, file: &str, name: &str, run: impl FnOnce(&mut Case, &dyn Engine) -> Result<()>) {
-        let engine = self.engine;
-        self.report.case(file, name, |case| run(case, engine));
+        if self.within.is_some_and(|label| !Path::new(file).starts_with(label)) {
+            return;
+        }
+        self.bar.set_message(format!("{file} {name}"));
+        self.bar.tick();
+        let engine = Timed::new(self.engine);
+        self.report.case(file, name, |case| {
+            let result = run(case, &engine);
+            case.set_elapsed(engine.elapsed());
+            result
+        });
     }
 
     /// What `result` holds; an error becomes a failed case.

@@ -17,7 +17,8 @@ pub fn check(family: &mut Family) {
         let opened = Module::open(&pair.sidecar, &pair.tensors);
         let Some(module) = family.need(&pair.label, opened) else { continue };
         family.case(&pair.label, "base", |case, engine| module.check_base(case, engine));
-        let batches: Vec<&str> = pair.tensors.names().filter_map(|n| n.strip_suffix(".x")).collect();
+        let mut batches: Vec<&str> = pair.tensors.names().filter_map(|n| n.strip_suffix(".x")).collect();
+        batches.sort_by_key(|batch| pair.tensors.of(batch, "x").map_or(0, |x| x.shape().iter().product()));
         for batch in &batches {
             family.case(&pair.label, batch, |case, engine| module.check_batch(case, engine, batch));
         }

@@ -1,6 +1,7 @@
 //! What a run found: a row per case, the names of what was skipped, and the totals.
 
 use std::fmt;
+use std::time::Duration;
 
 use lora_kernels::Error;
 
@@ -15,6 +16,8 @@ pub struct Check {
     pub error: f64,
     /// The bound at that place; 0 where bits are defined.
     pub bound: f64,
+    /// Whether bits are defined and were compared.
+    bits: bool,
     /// Where, and which values, when it failed.
     pub detail: String,
 }
@@ -44,6 +47,32 @@ fn share(error: f64, bound: f64) -> f64 {
     }
 }
 
+/// What became of a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Everything was compared, and agrees.
+    Passed,
+    /// Something does not agree, or could not be read.
+    Failed,
+    /// What was compared agrees, but the device lacks an operation for the rest.
+    Skipped,
+}
+
+/// A kind of comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Outputs of a layer in f32.
+    Forward,
+    /// Outputs of a layer in bf16.
+    Forward16,
+    /// A merged weight, and outputs through it.
+    Merged,
+    /// A weight that an adapter was taken out of again.
+    Unmerged,
+    /// Bits that must be equal.
+    Bits,
+}
+
 /// The comparisons of one case of one file.
 #[derive(Debug)]
 pub struct Case {
@@ -52,12 +81,20 @@ pub struct Case {
     checks: Vec<Check>,
     broken: Option<String>,
     lacking: Vec<String>,
+    elapsed: Duration,
 }
 
 impl Case {
     /// A case without comparisons yet.
     pub fn new(file: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { file: file.into(), name: name.into(), checks: Vec::new(), broken: None, lacking: Vec::new() }
+        Self {
+            file: file.into(),
+            name: name.into(),
+            checks: Vec::new(),
+            broken: None,
+            lacking: Vec::new(),
+            elapsed: Duration::ZERO,
+        }
     }
 
     /// What an operation gave, or nothing when this device lacks it: then the case says so under `skipped`.
@@ -65,7 +102,10 @@ impl Case {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(Error::Unsupported { place, what }) => {
-                self.lacking.push(format!("{what} ({place})"));
+                let lacking = format!("{place}: {what}");
+                if !self.lacking.contains(&lacking) {
+                    self.lacking.push(lacking);
+                }
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -88,7 +128,8 @@ impl Case {
             differ.first().map(|(i, (g, w))| format!("element {i}: got bytes {g:02x?}, wanted {w:02x?}"))
         });
         let error = if length.is_some() { f64::INFINITY } else { differ.len() as f64 };
-        self.push(what, error, 0.0, detail.unwrap_or_default());
+        let detail = detail.unwrap_or_default();
+        self.checks.push(Check { what: what.to_owned(), error, bound: 0.0, bits: true, detail });
     }
 
     /// Elements of `width` bytes agree bit for bit.
@@ -145,11 +186,59 @@ impl Case {
     }
 
     fn push(&mut self, what: &str, error: f64, bound: f64, detail: String) {
-        self.checks.push(Check { what: what.to_owned(), error, bound, detail });
+        self.checks.push(Check { what: what.to_owned(), error, bound, bits: false, detail });
     }
 
-    fn passed(&self) -> bool {
-        self.broken.is_none() && !self.checks.is_empty() && self.checks.iter().all(Check::passed)
+    /// Says how long the device has worked on this case.
+    pub fn set_elapsed(&mut self, elapsed: Duration) {
+        self.elapsed = elapsed;
+    }
+
+    /// How long the device has worked on this case.
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    /// What became of it. A case that compares nothing has failed.
+    pub fn verdict(&self) -> Verdict {
+        let empty = self.checks.is_empty() && self.lacking.is_empty();
+        if self.broken.is_some() || empty || !self.checks.iter().all(Check::passed) {
+            return Verdict::Failed;
+        }
+        if self.lacking.is_empty() { Verdict::Passed } else { Verdict::Skipped }
+    }
+
+    /// The name, after the part of the file's that `label` does not say.
+    pub fn title(&self, label: &str) -> String {
+        let inner = self.file.strip_prefix(label).unwrap_or(&self.file).trim_start_matches('/');
+        format!("{inner} {}", self.name).trim().to_owned()
+    }
+
+    /// The device's error that comes closest to its bound among the comparisons of a stage, and that bound.
+    pub fn worst(&self, stage: Stage) -> Option<String> {
+        let checks = self.checks.iter().filter(|c| self.stage(c) == Some(stage));
+        let worst = checks.max_by(|a, b| a.share().total_cmp(&b.share()))?;
+        Some(match (stage, worst.passed()) {
+            (Stage::Bits, true) => "equal".to_owned(),
+            (Stage::Bits, false) => format!("{} differ", worst.error),
+            _ => format!("{:.1e} / {:.1e}", worst.error, worst.bound),
+        })
+    }
+
+    /// The stage of a comparison of something that the device made.
+    fn stage(&self, check: &Check) -> Option<Stage> {
+        let (tensor, what) = (check.tensor(), check.tensor().rsplit('.').next()?);
+        match (what, self.name.as_str()) {
+            _ if check.what.contains("(stored") || check.what.contains("(formula)") => None,
+            ("merged" | "merged_safe" | "merged_bias" | "y_merged", _) | ("packed", "merged") => {
+                Some(Stage::Merged)
+            }
+            ("unmerged", _) | ("packed", "unmerged") => Some(Stage::Unmerged),
+            _ if what.starts_with("y_") && tensor.contains("bf16") => Some(Stage::Forward16),
+            _ if what.starts_with("y_") => Some(Stage::Forward),
+            _ if check.bits => Some(Stage::Bits),
+            _ => None,
+        }
     }
 
     fn failures(&self) -> impl Iterator<Item = String> {
@@ -157,7 +246,7 @@ impl Case {
             |c: &Check| format!("{}: {} (error {:.3e}, bound {:.3e})", c.what, c.detail, c.error, c.bound);
         let checks = self.checks.iter().filter(|c| !c.passed()).map(failed);
         let nothing =
-            (self.broken.is_none() && self.checks.is_empty()).then(|| "nothing to compare".to_owned());
+            (self.broken.is_none() && self.checks.is_empty()).then(|| "nothing was compared".to_owned());
         checks.chain(self.broken.clone()).chain(nothing)
     }
 
@@ -172,8 +261,24 @@ impl Case {
             Some(_) => ("0".into(), "0".into()),
             None => ("-".into(), "-".into()),
         };
-        let verdict = if self.passed() { "ok" } else { "FAILED" };
-        vec![verdict.into(), self.file.clone(), self.name.clone(), error, bound, compared.join(" ")]
+        vec![
+            self.verdict().to_string(),
+            self.file.clone(),
+            self.name.clone(),
+            error,
+            bound,
+            compared.join(" "),
+        ]
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Verdict::Passed => "ok",
+            Verdict::Failed => "FAILED",
+            Verdict::Skipped => "skipped",
+        })
     }
 }
 
@@ -196,33 +301,43 @@ impl Report {
         if let Err(error) = run(&mut case) {
             case.broken = Some(crate::text(&error));
         }
-        for lacking in std::mem::take(&mut case.lacking) {
-            self.skip(format!("{} {}", case.file, case.name), lacking);
-        }
         self.cases.push(case);
     }
 
     /// Names something that this run cannot check, and why.
     pub fn skip(&mut self, name: impl Into<String>, reason: impl Into<String>) {
-        let entry = (name.into(), reason.into());
-        if !self.skipped.contains(&entry) {
-            self.skipped.push(entry);
-        }
+        self.skipped.push((name.into(), reason.into()));
     }
 
-    /// How many cases passed.
-    pub fn passed(&self) -> usize {
-        self.cases.iter().filter(|c| c.passed()).count()
+    /// The cases, in order.
+    pub fn cases(&self) -> impl Iterator<Item = &Case> {
+        self.cases.iter()
     }
 
-    /// How many cases failed.
-    pub fn failed(&self) -> usize {
-        self.cases.len() - self.passed()
+    fn with(&self, verdict: Verdict) -> impl Iterator<Item = &Case> {
+        self.cases.iter().filter(move |c| c.verdict() == verdict)
     }
 
     /// Whether something passed and nothing failed.
     pub fn is_good(&self) -> bool {
-        self.passed() > 0 && self.failed() == 0
+        self.with(Verdict::Passed).count() > 0 && self.with(Verdict::Failed).count() == 0
+    }
+
+    /// Where and how the failed cases failed; nothing when none has.
+    pub fn failures(&self) -> String {
+        let case = |case: &Case| {
+            let lines = case.failures().map(|line| format!("\n    {line}"));
+            format!("  {} {}{}\n", case.file, case.name, lines.collect::<String>())
+        };
+        let failures: String = self.with(Verdict::Failed).map(case).collect();
+        if failures.is_empty() { failures } else { format!("failed\n{failures}\n") }
+    }
+
+    /// What was skipped, and why.
+    fn skipped(&self) -> Vec<String> {
+        let cases =
+            self.with(Verdict::Skipped).map(|c| format!("{} {}: {}", c.file, c.name, c.lacking.join(", ")));
+        cases.chain(self.skipped.iter().map(|(name, reason)| format!("{name}: {reason}"))).collect()
     }
 }
 
@@ -234,20 +349,13 @@ impl fmt::Display for Report {
         if !table.is_empty() {
             writeln!(f, "{table}")?;
         }
-        if self.failed() > 0 {
-            writeln!(f, "failed")?;
-            for case in self.cases.iter().filter(|c| !c.passed()) {
-                writeln!(f, "  {} {}", case.file, case.name)?;
-                case.failures().try_for_each(|line| writeln!(f, "    {line}"))?;
-            }
-            writeln!(f)?;
+        f.write_str(&self.failures())?;
+        let skipped = self.skipped();
+        if !skipped.is_empty() {
+            writeln!(f, "skipped\n  {}\n", skipped.join("\n  "))?;
         }
-        if !self.skipped.is_empty() {
-            writeln!(f, "skipped")?;
-            self.skipped.iter().try_for_each(|(name, reason)| writeln!(f, "  {name}: {reason}"))?;
-            writeln!(f)?;
-        }
-        writeln!(f, "{} passed, {} failed, {} skipped", self.passed(), self.failed(), self.skipped.len())
+        let (passed, failed) = (self.with(Verdict::Passed).count(), self.with(Verdict::Failed).count());
+        writeln!(f, "{passed} passed, {failed} failed, {} skipped", skipped.len())
     }
 }
 
@@ -293,9 +401,28 @@ mod tests {
     }
 
     #[test]
+    fn a_case_that_the_device_cannot_finish_is_skipped_unless_it_fails() {
+        let lacks = |c: &mut Case| c.offered::<()>(Err(Error::unsupported("here", "that"))).unwrap();
+        let report = run(|c| {
+            c.equal("n", 1, 1);
+            lacks(c);
+        });
+        assert!(!report.is_good());
+        assert!(
+            report
+                .to_string()
+                .ends_with("skipped\n  file case: here: that\n\n0 passed, 0 failed, 1 skipped\n")
+        );
+        let report = run(|c| {
+            c.equal("n", 1, 2);
+            lacks(c);
+        });
+        assert!(report.to_string().ends_with("0 passed, 1 failed, 0 skipped\n"));
+    }
+
+    #[test]
     fn the_totals_stand_alone_on_the_last_line() {
         let mut report = run(|c| c.equal("n", 1, 2));
-        report.skip("train_step", "not in this version");
         report.skip("train_step", "not in this version");
         assert_eq!(report.to_string().lines().last(), Some("0 passed, 1 failed, 1 skipped"));
     }

@@ -1,4 +1,5 @@
 //! Runs the command, and makes damaged copies of the reference data.
+#![allow(dead_code)] // each test file uses a part of this
 
 use std::fs;
 use std::path::{Path, PathBuf};
