@@ -1,0 +1,15 @@
+//! Runs programs: warps of a cluster in turns on one thread, clusters beside each other.
+
+pub(crate) mod access;
+mod barrier;
+mod clocks;
+mod copies;
+mod machine;
+mod memory_ops;
+mod shared;
+pub(crate) mod stats;
+mod track;
+mod warp;
+mod warp_ops;
+
+pub(crate) use machine::{GlobalRace, Job, Machine, Place};

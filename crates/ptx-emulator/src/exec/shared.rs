@@ -1,0 +1,356 @@
+//! Shared memory of one block: bytes, what each byte may be used for, and who touched it last.
+
+use super::clocks::Clocks;
+use crate::fault::{FaultKind, Run, Trouble};
+
+/// State of a byte.
+pub(crate) mod state {
+    /// Belongs to no array.
+    pub(crate) const OUTSIDE: u8 = 0;
+    pub(crate) const UNWRITTEN: u8 = 1;
+    pub(crate) const VALID: u8 = 2;
+    /// Destination of an asynchronous copy that was not waited for.
+    pub(crate) const ARRIVING: u8 = 3;
+}
+
+/// Who accesses: warp in the cluster, and lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Who {
+    pub warp: usize,
+    pub lane: usize,
+}
+
+impl Who {
+    fn code(self) -> u64 {
+        (self.warp as u64) << 5 | self.lane as u64
+    }
+}
+
+/// Last write of a granule of 4 bytes: time (32 bits), who (16), flags and byte mask (16).
+#[derive(Clone, Copy, Default)]
+struct Write(u64);
+
+const SPLIT: u64 = 1 << 4;
+const ATOMIC: u64 = 1 << 5;
+
+impl Write {
+    fn new(time: u32, who: Who, flags: u64) -> Write {
+        Write((time as u64) << 32 | who.code() << 16 | flags)
+    }
+    #[inline(always)]
+    fn time(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+    #[inline(always)]
+    fn who(self) -> Who {
+        Who { warp: (self.0 >> 21 & 0x7ff) as usize, lane: (self.0 >> 16 & 31) as usize }
+    }
+    /// Whether somebody else wrote some of these bytes and `known` does not cover it.
+    #[inline(always)]
+    fn clashes(self, bytes: u64, known: &[u32], me: Who) -> bool {
+        self.0 & bytes != 0 && self.unordered(known, me)
+    }
+    #[inline(always)]
+    fn unordered(self, known: &[u32], me: Who) -> bool {
+        (self.0 >> 16 & 0xffff) != me.code() && known.get(self.who().warp).is_some_and(|&k| self.time() >= k)
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct Shared {
+    bytes: Vec<u8>,
+    state: Vec<u8>,
+    writes: Vec<Write>,
+    /// Per byte, for granules that several threads write parts of.
+    split: Vec<Write>,
+    /// Per warp of the cluster and granule: time of the last read (28 bits) and which bytes (4).
+    reads: Vec<Vec<u32>>,
+}
+
+impl Shared {
+    /// A block begins: `valid` are the byte ranges of its arrays.
+    pub(crate) fn restart(&mut self, len: usize, warps: usize, valid: &[(usize, usize)]) {
+        let len = len.next_multiple_of(16);
+        if self.bytes.len() < len {
+            self.bytes.resize(len, 0);
+            self.writes.resize(len / 4, Write::default());
+            self.reads.iter_mut().filter(|r| !r.is_empty()).for_each(|r| r.resize(len / 4, 0));
+        }
+        if self.reads.len() < warps {
+            self.reads.resize(warps, Vec::new());
+        }
+        self.state.clear();
+        self.state.resize(self.bytes.len(), state::OUTSIDE);
+        for &(start, len) in valid {
+            self.state[start..start + len].fill(state::UNWRITTEN);
+        }
+    }
+
+    /// Forgets all times, when the clock starts anew.
+    pub(crate) fn forget(&mut self) {
+        self.writes.fill(Write::default());
+        self.split.fill(Write::default());
+        self.reads.iter_mut().for_each(|r| r.fill(0));
+    }
+
+    /// Whether `n` bytes are inside of the arrays.
+    pub(crate) fn inside(&self, at: usize, n: usize) -> bool {
+        self.state.get(at..at + n).is_some_and(|s| s.iter().all(|&s| s != state::OUTSIDE))
+    }
+
+    pub(crate) fn bytes(&self, at: usize, n: usize) -> &[u8] {
+        &self.bytes[at..at + n]
+    }
+
+    pub(crate) fn set_state(&mut self, at: usize, n: usize, to: u8) {
+        self.state[at..at + n].fill(to);
+    }
+
+    pub(crate) fn put(&mut self, at: usize, bytes: &[u8]) {
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        self.state[at..at + bytes.len()].fill(state::VALID);
+    }
+
+    #[cold]
+    fn state_trouble(&self, at: usize, n: usize, write: bool, me: Who) -> Box<Trouble> {
+        let what = if write { "write" } else { "read" };
+        let bad = |s: u8| if write { s == state::OUTSIDE || s == state::ARRIVING } else { s != state::VALID };
+        let first = (at..at + n).find(|&i| self.state.get(i).is_none_or(|&s| bad(s))).unwrap_or(at);
+        let (kind, why) = match self.state.get(first) {
+            None | Some(&state::OUTSIDE) => (FaultKind::OutOfBounds, "outside of every shared array"),
+            Some(&state::ARRIVING) => {
+                (FaultKind::InFlight, "where an asynchronous copy that was not waited for will arrive")
+            }
+            _ => (FaultKind::UninitializedMemory, "that nobody wrote"),
+        };
+        Trouble::at(kind, me.lane, at as u64, format!("{what} of {n} bytes of shared memory {why}"))
+    }
+
+    #[cold]
+    fn race(&self, at: usize, other: &str, mine: &str, me: Who) -> Box<Trouble> {
+        let message = format!(
+            "{mine} of shared memory at {at:#x}, which races with a {other}: no barrier orders the two"
+        );
+        Trouble::at(FaultKind::SharedRace, me.lane, at as u64, message)
+    }
+
+    /// Checks a read of `n` bytes (a multiple of 4 of them at multiples of 4, or fewer inside 4) and notes it.
+    #[inline(always)]
+    pub(crate) fn note_read(&mut self, clocks: &Clocks, at: usize, n: usize, used: u64, me: Who) -> Run<()> {
+        let valid = match self.state.get(at..at + n) {
+            Some(s) if used == !0 => s.iter().all(|&s| s == state::VALID),
+            Some(s) => s
+                .iter()
+                .enumerate()
+                .all(|(i, &s)| used >> i & 1 == 0 && s != state::OUTSIDE || s == state::VALID),
+            None => false,
+        };
+        if !valid {
+            return Err(self.state_trouble(at, n, false, me));
+        }
+        let known = clocks.of(me.warp);
+        let stamp = clocks.now() << 4;
+        if self.reads[me.warp].len() < self.writes.len() {
+            self.reads[me.warp].resize(self.writes.len(), 0);
+        }
+        for (granule, mask) in granules(at, n) {
+            let write = self.writes[granule];
+            if write.0 & SPLIT != 0 {
+                self.check_split(granule, mask, known, me, "read", false)?;
+            } else if write.clashes(mask, known, me) {
+                return Err(self.race(granule * 4, &writer(write), "read", me));
+            }
+            let read = &mut self.reads[me.warp][granule];
+            *read = if *read & !15 == stamp { *read | mask as u32 } else { stamp | mask as u32 };
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn check_split(
+        &self,
+        granule: usize,
+        mask: u64,
+        known: &[u32],
+        me: Who,
+        mine: &str,
+        atomic: bool,
+    ) -> Run<()> {
+        for byte in (0..4).filter(|b| mask >> b & 1 == 1) {
+            let write = self.split[granule * 4 + byte];
+            if write.clashes(1 << byte, known, me) && !(atomic && write.0 & ATOMIC != 0) {
+                return Err(self.race(granule * 4 + byte, &writer(write), mine, me));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a write of `n` bytes and notes it.
+    #[inline(always)]
+    pub(crate) fn note_write(
+        &mut self,
+        clocks: &Clocks,
+        at: usize,
+        n: usize,
+        atomic: bool,
+        me: Who,
+    ) -> Run<()> {
+        let open = self
+            .state
+            .get(at..at + n)
+            .is_some_and(|s| s.iter().all(|&s| s == state::VALID || s == state::UNWRITTEN));
+        if !open {
+            return Err(self.state_trouble(at, n, true, me));
+        }
+        self.stamp_write(clocks, at, n, atomic, me)?;
+        self.state[at..at + n].fill(state::VALID);
+        Ok(())
+    }
+
+    /// Checks an atomic: it reads and writes, and does not race with other atomics.
+    pub(crate) fn note_atomic(&mut self, clocks: &Clocks, at: usize, n: usize, me: Who) -> Run<()> {
+        let ready = self.state.get(at..at + n).is_some_and(|s| s.iter().all(|&s| s == state::VALID));
+        if !ready {
+            return Err(self.state_trouble(at, n, false, me));
+        }
+        self.stamp_write(clocks, at, n, true, me)
+    }
+
+    /// The part of [`Shared::note_write`] that looks for races.
+    #[inline(always)]
+    pub(crate) fn stamp_write(
+        &mut self,
+        clocks: &Clocks,
+        at: usize,
+        n: usize,
+        atomic: bool,
+        me: Who,
+    ) -> Run<()> {
+        let known = clocks.of(me.warp);
+        let flag = if atomic { ATOMIC } else { 0 };
+        for (granule, mask) in granules(at, n) {
+            let old = self.writes[granule];
+            if old.0 & SPLIT != 0 {
+                self.check_split(granule, mask, known, me, "write", atomic)?;
+                self.write_split(granule, mask, Write::new(clocks.now(), me, mask | flag));
+            } else if old.unordered(known, me) && old.0 & 15 != 0 && !(atomic && old.0 & ATOMIC != 0) {
+                if old.0 & mask != 0 {
+                    return Err(self.race(granule * 4, &writer(old), "write", me));
+                }
+                self.begin_split(granule, old);
+                self.write_split(granule, mask, Write::new(clocks.now(), me, mask | flag));
+            } else {
+                self.writes[granule] = Write::new(clocks.now(), me, mask | flag);
+            }
+        }
+        for (warp, row) in self.reads.iter().enumerate().take(clocks.warps()) {
+            if warp == me.warp || row.is_empty() {
+                continue;
+            }
+            for (granule, mask) in granules(at, n) {
+                let read = row[granule];
+                if read as u64 & mask != 0 && read >> 4 >= known[warp] {
+                    let other = format!("read by warp {warp} of the cluster");
+                    return Err(self.race(granule * 4, &other, "write", me));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn begin_split(&mut self, granule: usize, old: Write) {
+        if self.split.len() < self.writes.len() * 4 {
+            self.split.resize(self.writes.len() * 4, Write::default());
+        }
+        for byte in 0..4 {
+            let wrote = old.0 >> byte & 1 == 1;
+            self.split[granule * 4 + byte] =
+                if wrote { Write(old.0 & !15 | 1 << byte) } else { Write::default() };
+        }
+        self.writes[granule] = Write(SPLIT);
+    }
+
+    fn write_split(&mut self, granule: usize, mask: u64, write: Write) {
+        for byte in (0..4).filter(|b| mask >> b & 1 == 1) {
+            self.split[granule * 4 + byte] = Write(write.0 & !15 | 1 << byte);
+        }
+        // Once one thread writes the whole granule after the others, it is one write again.
+        if mask == 15 {
+            self.writes[granule] = write;
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn get<const S: usize>(&self, at: usize) -> [u8; S] {
+        let mut out = [0; S];
+        out.copy_from_slice(&self.bytes[at..at + S]);
+        out
+    }
+
+    #[inline(always)]
+    pub(crate) fn set<const S: usize>(&mut self, at: usize, value: [u8; S]) {
+        self.bytes[at..at + S].copy_from_slice(&value);
+    }
+}
+
+fn writer(write: Write) -> String {
+    format!("write by warp {} lane {} of the cluster", write.who().warp, write.who().lane)
+}
+
+/// Granules of 4 bytes that a range touches, with the bytes of each.
+#[inline(always)]
+fn granules(at: usize, n: usize) -> impl Iterator<Item = (usize, u64)> {
+    let first = at / 4;
+    let mask = if n >= 4 { 15 } else { ((1u64 << n) - 1) << (at % 4) };
+    (0..n.div_ceil(4)).map(move |i| (first + i, mask))
+}
+
+/// Passes that the 32 banks of 4 bytes need beyond the fewest for the width of the access.
+///
+/// Accesses of 8 bytes go in two halves of a warp, of 16 bytes in four quarters; threads that read the same word share
+/// it.
+pub(crate) fn conflicts(addresses: &[u32; 32], mask: u32, size: usize) -> u64 {
+    let phase = match size {
+        16.. => 8,
+        8 => 16,
+        _ => 32,
+    };
+    let words = size.div_ceil(4);
+    let mut extra = 0;
+    for start in (0..32).step_by(phase) {
+        let lanes = mask >> start & (u32::MAX >> (32 - phase));
+        if lanes == 0 {
+            continue;
+        }
+        extra += phase_conflicts(&addresses[start..start + phase], lanes, words);
+    }
+    extra
+}
+
+fn phase_conflicts(addresses: &[u32], lanes: u32, words: usize) -> u64 {
+    // Words of one bank, in a list per bank threaded through `next`.
+    let mut head = [u8::MAX; 32];
+    let (mut next, mut seen, mut used) = ([0u8; 32], [0u32; 32], 0usize);
+    let mut depth = [0u8; 32];
+    for (i, &address) in addresses.iter().enumerate() {
+        if lanes >> i & 1 == 0 {
+            continue;
+        }
+        for w in 0..words {
+            let word = address / 4 + w as u32;
+            let bank = (word % 32) as usize;
+            let mut at = head[bank];
+            while at != u8::MAX && seen[at as usize] != word {
+                at = next[at as usize];
+            }
+            if at == u8::MAX {
+                (seen[used], next[used]) = (word, head[bank]);
+                head[bank] = used as u8;
+                used += 1;
+                depth[bank] += 1;
+            }
+        }
+    }
+    depth.iter().max().copied().unwrap_or(1).max(1) as u64 - 1
+}
