@@ -31,7 +31,8 @@ fn the_repositorys_own_data_pass() {
     let totals: Vec<&str> = output.last_line().split(", ").collect();
     assert_eq!(totals.len(), 3, "{}", output.last_line());
     assert_eq!(totals[1], "0 failed");
-    for family in ["nf4_blockwise", "nf4_checkpoint", "peft", "qlora", "multi_adapter", "real_minilm"] {
+    for family in ["nf4_blockwise", "nf4_checkpoint", "peft", "qlora", "multi_adapter", "svd", "real_minilm"]
+    {
         assert!(
             output.stdout.lines().any(|l| l.starts_with(&format!("ok  {family}/"))),
             "nothing of {family}"
@@ -168,6 +169,8 @@ fn an_output_that_is_a_little_off_fails() {
         ("real_minilm/w0", "y_original_f32"),
         ("peft/multi_merge", "merged.a3+a1"),
         ("peft/multi_merge", "y.a1+a3"),
+        ("svd/svd", "tall.W_prime"),
+        ("svd/svd", "wide.best_rank8_delta_f64"),
     ] {
         let set =
             Set::of(&format!("off-{tensor}"), &[&format!("{file}.json"), &format!("{file}.safetensors")]);

@@ -154,3 +154,16 @@ pub fn mean(n: usize, largest: f64) -> f64 {
 pub fn single(value: f64) -> f64 {
     U * value.abs()
 }
+
+/// A singular value decomposition of `[rows, columns]` in f64: backward stable, the sum of all its rotations or reflections
+/// changes the matrix by a small multiple of its dimensions times `u64 largest`; singular values, residuals and their norms
+/// move by no more than that (Weyl).
+pub fn decomposition(rows: usize, columns: usize, largest: f64) -> f64 {
+    8.0 * (rows + columns) as f64 * U64 * largest
+}
+
+/// The best approximation of a matrix that is off by `error`, where `gap` separates the singular values that are kept from
+/// the others: the subspaces turn by `error / gap` (Wedin), and carry values up to `largest` with them.
+pub fn truncation(error: f64, largest: f64, gap: f64) -> f64 {
+    2.0 * error * (1.0 + 2.0 * largest / gap)
+}

@@ -38,6 +38,10 @@ impl Engine for Cpu {
         "the CPU reference".to_owned()
     }
 
+    fn on_host(&self) -> bool {
+        true
+    }
+
     fn nf4_quantize(&self, x: &Tensor, blocksize: usize) -> Result<(Vec<u8>, Vec<f32>)> {
         let (mut packed, mut absmax) = codes(x.numel(), blocksize);
         let nf4 = Codebook::nf4();

@@ -50,6 +50,11 @@ pub trait Engine {
     /// What runs, for the user.
     fn name(&self) -> String;
 
+    /// Whether this is the host, which also has the operations that no kernel does.
+    fn on_host(&self) -> bool {
+        false
+    }
+
     /// Packed codes and absmax of the elements of `x`, in flat blocks of `blocksize`.
     fn nf4_quantize(&self, x: &Tensor, blocksize: usize) -> Result<(Vec<u8>, Vec<f32>)>;
 

@@ -251,8 +251,12 @@ impl Case {
     }
 
     fn row(&self) -> Vec<String> {
-        let mut compared: Vec<_> = self.checks.iter().map(|c| c.tensor()).collect();
-        compared.dedup();
+        let mut compared: Vec<&str> = Vec::new();
+        for tensor in self.checks.iter().map(Check::tensor) {
+            if !compared.contains(&tensor) {
+                compared.push(tensor);
+            }
+        }
         let worst = self.checks.iter().max_by(|a, b| a.share().total_cmp(&b.share()));
         let (error, bound) = match worst {
             Some(c) if c.bound > 0.0 || c.error > 0.0 => {

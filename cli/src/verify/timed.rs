@@ -38,6 +38,10 @@ impl Engine for Timed<'_> {
         self.engine.name()
     }
 
+    fn on_host(&self) -> bool {
+        self.engine.on_host()
+    }
+
     fn nf4_quantize(&self, x: &Tensor, blocksize: usize) -> Result<(Vec<u8>, Vec<f32>)> {
         self.time(|e| e.nf4_quantize(x, blocksize))
     }

@@ -192,3 +192,87 @@ fn dot(x: &[f64], y: &[f64]) -> (f64, f64) {
 pub fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
 }
+
+/// Sweeps over all pairs. Ten are plenty for numbers; what is not a number never converges.
+const SWEEPS: usize = 50;
+
+/// The singular values of `[rows, columns]`, in descending order, by one-sided Jacobi rotations (Hestenes 1958): pairs of
+/// columns are made orthogonal until all are, and then their lengths are the singular values.
+pub fn singular_values(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    let (count, length) = (rows.min(columns), rows.max(columns));
+    let lines = if rows < columns { values.to_vec() } else { transpose(values, rows, columns) };
+    let mut lines: Vec<Vec<f64>> = lines.chunks(length.max(1)).map(<[f64]>::to_vec).collect();
+    for _ in 0..SWEEPS {
+        let mut rotated = false;
+        for p in 0..count {
+            for q in p + 1..count {
+                let (before, after) = lines.split_at_mut(q);
+                rotated |= orthogonalise(&mut before[p], &mut after[0]);
+            }
+        }
+        if !rotated {
+            break;
+        }
+    }
+    let mut lengths: Vec<f64> = lines.iter().map(|line| dot(line, line).0.sqrt()).collect();
+    lengths.sort_by(|a, b| b.total_cmp(a));
+    lengths
+}
+
+/// Rotates two vectors in their plane so that they are orthogonal; `false` when they are, to rounding.
+fn orthogonalise(p: &mut [f64], q: &mut [f64]) -> bool {
+    let (pp, qq, (pq, size)) = (dot(p, p).0, dot(q, q).0, dot(p, q));
+    let rounding = f64::EPSILON * (p.len() as f64 * size).max((pp * qq).sqrt());
+    if pq.abs() <= rounding {
+        return false;
+    }
+    let zeta = (qq - pp) / (2.0 * pq);
+    let tangent = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
+    let cosine = 1.0 / (1.0 + tangent * tangent).sqrt();
+    let sine = cosine * tangent;
+    for (p, q) in p.iter_mut().zip(q) {
+        (*p, *q) = (cosine * *p - sine * *q, sine * *p + cosine * *q);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn singular_values_of_known_matrices() {
+        assert_eq!(singular_values(&[3.0, 0.0, 0.0, 0.0, -5.0, 0.0], 2, 3), [5.0, 3.0]);
+        // [[1, 1], [1, 1]] has rank 1 and norm 2; [[1, 1], [0, 1]] has the golden ratio and its inverse.
+        let close = |got: Vec<f64>, want: [f64; 2]| got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-15);
+        assert!(close(singular_values(&[1.0; 4], 2, 2), [2.0, 0.0]));
+        let golden = (1.0 + 5f64.sqrt()) / 2.0;
+        assert!(close(singular_values(&[1.0, 1.0, 0.0, 1.0], 2, 2), [golden, 1.0 / golden]));
+        assert!(singular_values(&[], 0, 4).is_empty());
+        assert!(singular_values(&[f64::NAN; 4], 2, 2)[0].is_nan());
+        assert_eq!(singular_values(&[0.0; 6], 3, 2), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_layer_by_hand() {
+        // W = [[1, 2], [3, 4]], a = [1, -1], b = [2, 0.5], scaling 2: delta = [[4, -4], [1, -1]].
+        let factor = Factor { a: vec![1.0, -1.0], b: vec![2.0, 0.5], rank: 1, scaling: 2.0 };
+        let weight = [1.0, 2.0, 3.0, 4.0];
+        let linear = Linear::new(&weight, 2, 2);
+        let values = |merged: Vec<Merged>| merged.iter().map(|t| t.w).collect::<Vec<_>>();
+        assert_eq!(values(linear.merge(&factor)), [5.0, -2.0, 4.0, 3.0]);
+        let y: Vec<f64> = linear.forward(&[1.0, 1.0], |_| Some(&factor)).iter().map(|t| t.y).collect();
+        assert_eq!(y, [3.0, 7.0]);
+        // Rows of W + delta have the norms sqrt(29) and 5; with these magnitudes the factors are 1 and 2.
+        let scale = linear.dora_scale(&factor, &[29f64.sqrt(), 10.0]);
+        assert_eq!([scale[0].value, scale[1].value], [1.0, 2.0]);
+        let bias = [0.5, -1.0];
+        let dora = Linear::new(&weight, 2, 2).with_scale(Some(&scale)).with_bias(Some(&bias));
+        assert_eq!(values(dora.merge(&factor)), [5.0, -2.0, 8.0, 6.0]);
+        let y: Vec<f64> = dora.forward(&[1.0, 1.0], |_| Some(&factor)).iter().map(|t| t.y).collect();
+        assert_eq!(y, [3.5, 13.0]);
+        let merged = [5.0, -2.0, 8.0, 6.0];
+        let back = Linear::new(&merged, 2, 2).with_scale(Some(&scale)).unmerge(&factor);
+        assert_eq!(values(back), weight);
+    }
+}
