@@ -15,7 +15,7 @@ struct Params {
     uint32_t tokens;
     uint32_t k;
     uint32_t vectors;      // rows of x and a are aligned to 16 bytes
-    uint32_t reserved;
+    uint32_t padding;
 };
 static_assert(sizeof(Params) == 56, "the Rust twin has this size");
 

@@ -8,12 +8,44 @@
 #include "reduce.cuh"
 #include "vector.cuh"
 
+// Where a product goes, and what is done to it before.
+struct Output {
+    void* y;                 // [tokens, n]
+    const void* bias;        // [n], of y's type, or null
+    const float* row_scale;  // [n], or null
+    float* partial;          // [splits, tokens, n] where the sum over k is split; else null
+};
+
+// One column of a product's output.
+template <typename T>
+struct Column {
+    const Output& output;
+    uint32_t n, row;
+    float scale, offset;
+
+    __device__ __forceinline__ Column(const Output& output, uint32_t n, uint32_t row) : output(output), n(n), row(row) {
+        scale = output.row_scale == nullptr ? 1.0f : output.row_scale[row];
+        offset = output.bias == nullptr ? 0.0f : to_f32(static_cast<const T*>(output.bias)[row]);
+    }
+
+    // The end of a whole sum: one fused multiply-add in f32, and one rounding.
+    __device__ __forceinline__ void store(uint32_t token, float sum) const {
+        static_cast<T*>(output.y)[size_t(token) * n + row] = from_f32<T>(fmaf(scale, sum, offset));
+    }
+
+    // Stores a whole sum, or keeps that of one split for `matmul_finish`.
+    __device__ __forceinline__ void store(uint32_t token, float sum, uint32_t split, uint32_t tokens) const {
+        if (output.partial == nullptr) return store(token, sum);
+        output.partial[(size_t(split) * tokens + token) * n + row] = sum;
+    }
+};
+
 // The low-rank branch `v b^T` of a product.
 struct LowRank {
     const float* v;         // [tokens, adapters.pitch], from lora_shrink; null: no branch
     Adapters adapters;
     uint32_t b_is_f32;      // else the element type of y
-    uint32_t reserved;
+    uint32_t padding;
 };
 
 // Four values of row `row` of b, from column `r` on; zero from column `rank` on.

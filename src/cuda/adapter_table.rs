@@ -192,12 +192,19 @@ pub(super) struct LowRankParams {
     v: u64,
     adapters: Adapters,
     b_is_f32: u32,
-    reserved: u32,
+    padding: u32,
 }
 
 impl<A: Element> LowRank<'_, A> {
-    /// Checks the branch of a product with `n` outputs.
-    pub(super) fn params(&self, tokens: usize, n: usize, device: &Properties) -> Result<LowRankParams> {
+    /// Checks the branch of a product of type `dtype` with `n` outputs.
+    pub(super) fn params(
+        &self,
+        dtype: DType,
+        tokens: usize,
+        n: usize,
+        device: &Properties,
+    ) -> Result<LowRankParams> {
+        check_adapter_dtype(A::DTYPE, dtype)?;
         if self.adapters.n() != n {
             return Err(Error::argument("adapters.n", n.to_string(), self.adapters.n()));
         }
@@ -207,7 +214,7 @@ impl<A: Element> LowRank<'_, A> {
             v: self.v.address(),
             adapters,
             b_is_f32: u32::from(A::DTYPE == DType::F32),
-            reserved: 0,
+            padding: 0,
         })
     }
 }

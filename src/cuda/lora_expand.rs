@@ -93,7 +93,7 @@ impl Plan {
             return Err(Error::argument("adapters", adapter_dtype.name(), A::DTYPE));
         }
         y.check("y", tokens * n, dtype.size() as u64, device)?;
-        let branch = branch.params(tokens, n, device)?;
+        let branch = branch.params(dtype, tokens, n, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
         let params = Params { y: y.address(), branch, tokens: tokens as u32, n: n as u32 };
         let launch = Launch {

@@ -79,7 +79,7 @@ struct Params {
     tokens: u32,
     k: u32,
     vectors: u32,
-    reserved: u32,
+    padding: u32,
 }
 
 /// Chooses the kernel and the grid.
@@ -155,7 +155,7 @@ impl Plan {
             tokens: tokens as u32,
             k: k as u32,
             vectors: u32::from(self.vectors),
-            reserved: 0,
+            padding: 0,
         };
         let launch = Launch {
             kernel,

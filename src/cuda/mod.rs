@@ -14,6 +14,7 @@ mod driver;
 mod image;
 pub mod lora_expand;
 pub mod lora_shrink;
+pub mod matmul;
 pub mod merge;
 mod nf4;
 pub mod nf4_dequantize;
@@ -37,6 +38,7 @@ const KERNELS: &[&[Kernel]] = &[
     dora_scale::KERNELS,
     lora_expand::KERNELS,
     lora_shrink::KERNELS,
+    matmul::KERNELS,
     merge::KERNELS,
     nf4_dequantize::KERNELS,
     nf4_merge::KERNELS,

@@ -1,0 +1,322 @@
+// Products of tiles in shared memory by tensor cores, k in slices of 64.
+//
+// The weight is the left operand and x the right one, so that a warp holds sums[row of w][token]. Inside a slice, lane
+// (g, t) = (lane / 4, lane % 4) takes the 16 elements from 16 t on of its rows g, g + 8, ... of w and of its tokens g,
+// g + 8, ..., where the instruction's own order would take eight pairs. Both operands agree, so the sum is the same, and
+// every operand is read from shared memory, or decoded, in whole vectors.
+//
+// A tile of 16-bit elements has rows of 64: eight chunks of 16 bytes, chunk c of row r lying at c ^ (r & 1). Then the
+// eight lanes that shared memory serves at a time, two rows by four chunks of one parity, find eight different places.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "nf4.cuh"
+#include "product.cuh"
+#include "ptx.cuh"
+#include "vector.cuh"
+
+constexpr uint32_t kSlice = 64;                // elements of k
+constexpr uint32_t kTileRow = kSlice * 2;      // bytes
+constexpr uint32_t kWarpRows = 32;             // rows of w that a warp multiplies: two operands of 16
+
+// The offset of a chunk in a tile of 16-bit elements.
+__device__ __forceinline__ uint32_t tile_offset(uint32_t row, uint32_t chunk) {
+    return row * kTileRow + ((chunk ^ (row & 1)) * 16);
+}
+
+__device__ __forceinline__ void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    ptx::mma_f16(d, a, b0, b1);
+}
+__device__ __forceinline__ void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    ptx::mma_bf16(d, a, b0, b1);
+}
+
+// The weights of a warp's 32 rows in half a slice: operands for two multiplications of each 16 rows.
+struct Operands {
+    uint32_t a[2][2][4];
+
+    // `pairs`: the eight elements of lane (g, t) in row 16 i + 8 half + g.
+    __device__ __forceinline__ void set(int i, int half, const uint32_t (&pairs)[4]) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            a[i][j][half] = pairs[2 * j];
+            a[i][j][2 + half] = pairs[2 * j + 1];
+        }
+    }
+};
+
+// sums[i][m] += 16 rows i of w by 8 tokens m, half a slice; `x` is the shared address of the tile of x.
+template <typename T, int Groups>
+__device__ __forceinline__ void multiply(const Operands& w, uint32_t x, uint32_t half, uint32_t lane, float (&sums)[2][Groups][4]) {
+#pragma unroll
+    for (int m = 0; m < Groups; ++m) {
+        const uint4 b = ptx::load_shared16(x + tile_offset(m * 8 + lane / 4, lane % 4 * 2 + half));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            mma(T{}, sums[i][m], w.a[i][0], b.x, b.y);
+            mma(T{}, sums[i][m], w.a[i][1], b.z, b.w);
+        }
+    }
+}
+
+// Copies rows of 16-bit elements to consecutive tiles of `Rows` rows and one slice each, zeros outside.
+template <int Rows, int Slices, int Threads, typename T>
+__device__ __forceinline__ void copy_tiles(uint32_t shared, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_k, uint32_t k) {
+    constexpr uint32_t kChunks = 8 * Slices;  // of a row
+#pragma unroll
+    for (uint32_t i = threadIdx.x; i < Rows * kChunks; i += Threads) {
+        const uint32_t row = i / kChunks, slice = i % kChunks / 8, chunk = i % 8;
+        const uint32_t at = first_k + i % kChunks * 8;
+        const bool inside = first_row + row < rows && at < k;
+        const T* from = inside ? matrix + size_t(first_row + row) * k + at : matrix;
+        ptx::copy_async16(shared + slice * Rows * kTileRow + tile_offset(row, chunk), from, inside ? 16 : 0);
+    }
+}
+
+// The weights of a block as the pipeline sees them: how a step's share is copied to shared memory, and how a warp makes
+// operands of one slice of it. `Rows` rows, `Slices` slices per step.
+//
+// Dense weights of x's type.
+template <typename T, int Rows, int Slices, int Threads>
+struct DenseTile {
+    static constexpr uint32_t kBytes = Rows * Slices * kTileRow;
+    static constexpr bool kScalesSums = false;
+    uint32_t rows;  // shared address of the warp's rows in the step's tile
+
+    __device__ __forceinline__ explicit DenseTile(const Params&) {}
+    __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t, uint32_t) {}
+
+    static __device__ __forceinline__ void copy(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_k) {
+        copy_tiles<Rows, Slices, Threads>(shared, static_cast<const T*>(p.weight.data), first_row, p.n, first_k, p.k);
+    }
+
+    __device__ __forceinline__ void begin(uint32_t shared, uint32_t row, uint32_t slice, uint32_t) {
+        rows = shared + slice * Rows * kTileRow + row * kTileRow;
+    }
+
+    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t lane) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint4 v = ptx::load_shared16(rows + tile_offset(i * 8 + lane / 4, lane % 4 * 2 + half));
+            const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+            w.set(i / 2, i % 2, pairs);
+        }
+    }
+};
+
+// 4-bit codes, decoded to what the reference has: round_T(value * absmax).
+template <typename T, int Rows, int Slices, int Threads>
+struct CodeTile {
+    static constexpr uint32_t kBytes = Rows * Slices * kSlice / 2;
+    static constexpr bool kScalesSums = false;
+    WarpDecoder decoder;
+    uint2 codes[4];          // of the rows g, g + 8, g + 16, g + 24: 16 each
+    float scales[4], next[4];
+
+    __device__ __forceinline__ explicit CodeTile(const Params& p) : decoder(p.weight.codebook) {}
+
+    // The absmax of the blocks that the lane's codes lie in.
+    __device__ __forceinline__ void fetch_scales(const Params& p, uint32_t row, uint32_t first_k, uint32_t lane) {
+        uint64_t block[4];
+        const uint32_t k = first_k + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t r = row + i * 8 + lane / 4;
+            block[i] = k < p.k && r < p.n ? (uint64_t(r) * p.k + k) >> p.weight.block_shift : 0;
+        }
+        p.weight.absmax.load(block, next);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) next[i] = k < p.k ? next[i] : 0.0f;
+    }
+
+    static __device__ __forceinline__ void copy(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_k) {
+        constexpr uint32_t kChunks = 2 * Slices;  // of a row: 32 codes each
+#pragma unroll
+        for (uint32_t i = threadIdx.x; i < Rows * kChunks; i += Threads) {
+            const uint32_t row = i / kChunks, at = first_k + i % kChunks * 32;
+            const bool inside = first_row + row < p.n && at < p.k;
+            const uint8_t* packed = static_cast<const uint8_t*>(p.weight.data);
+            const uint8_t* from = inside ? packed + (uint64_t(first_row + row) * p.k + at) / 2 : packed;
+            ptx::copy_async16(shared + offset(row, i % kChunks / 2) + i % 2 * 16, from, inside ? 16 : 0);
+        }
+    }
+
+    // The codes of a row and slice. Four rows of one slice, which shared memory serves at a time, lie in different banks.
+    static __device__ __forceinline__ uint32_t offset(uint32_t row, uint32_t slice) {
+        static_assert(Slices == 1 || Slices % 4 == 0, "four rows of a slice fill 128 bytes");
+        return (row * Slices + (Slices == 1 ? 0 : slice ^ (row & 3))) * (kSlice / 2);
+    }
+
+    __device__ __forceinline__ void begin(uint32_t shared, uint32_t row, uint32_t slice, uint32_t lane) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            codes[i] = ptx::load_shared8(shared + offset(row + i * 8 + lane / 4, slice) + lane % 4 * 8);
+            scales[i] = next[i];
+        }
+    }
+
+    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float v[8];
+            decoder.decode(half == 0 ? codes[i].x : codes[i].y, scales[i], v);
+            uint32_t pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pairs[j] = Pair<T>::pack(v[2 * j], v[2 * j + 1]);
+            w.set(i / 2, i % 2, pairs);
+        }
+    }
+};
+
+// The products of one slice.
+template <typename T, typename Weights, int Groups>
+__device__ __forceinline__ void multiply_slice(const Weights& weights, uint32_t x, uint32_t lane, float (&sums)[2][Groups][4]) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+        Operands w;
+        weights.load(w, half, lane);
+        multiply<T>(w, x, half, lane, sums);
+    }
+}
+
+// A tile of 16-bit elements, one element after the other: for rows that are not aligned to 16 bytes.
+template <int Rows, int Threads, typename T>
+__device__ __forceinline__ void fill_tile(uint8_t* tile, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_k, uint32_t k) {
+    for (uint32_t i = threadIdx.x; i < Rows * kSlice; i += Threads) {
+        const uint32_t row = i / kSlice, column = i % kSlice;
+        const bool inside = first_row + row < rows && first_k + column < k;
+        const T value = inside ? matrix[size_t(first_row + row) * k + first_k + column] : T{};
+        *reinterpret_cast<T*>(tile + tile_offset(row, column / 8) + column % 8 * sizeof(T)) = value;
+    }
+}
+
+// The same tile out of 4-bit codes, in pieces of 32 that are aligned in the flat weight: a row of the tile touches three
+// of them at most. Zero outside.
+template <int Rows, int Threads, typename T>
+__device__ __forceinline__ void decode_tile(uint8_t* tile, const Params& p, const WarpDecoder& decoder, uint32_t first_row, uint32_t first_k) {
+    constexpr uint32_t kPieces = 3;
+    static_assert(Rows * kPieces % Threads == 0, "decoding takes whole warps");
+    if (first_row + Rows > p.n || first_k + kSlice > p.k) {
+        for (uint32_t i = threadIdx.x; i < Rows * kTileRow / 16; i += Threads) {
+            reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
+    }
+    const uint64_t bytes = (uint64_t(p.n) * p.k + 1) / 2;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < Rows * kPieces; i += Threads) {
+        const uint32_t row = i / kPieces;
+        const uint64_t begin = uint64_t(first_row + row) * p.k + first_k;
+        const uint32_t length = min(kSlice, p.k - first_k), lead = begin % 32;
+        const uint32_t at = i % kPieces * 32;  // from begin - lead on
+        const bool inside = first_row + row < p.n && at < lead + length;
+        const uint64_t flat = inside ? begin - lead + at : 0;
+        const uint4 piece = load_piece(static_cast<const uint8_t*>(p.weight.data), flat / 2, bytes);
+        const uint64_t block[1] = {flat >> p.weight.block_shift};
+        float absmax[1];
+        p.weight.absmax.load(block, absmax);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            float values[8];
+            decoder.decode(word(piece, q), absmax[0], values);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const uint32_t column = at + q * 8 + e - lead;  // wraps below 0, and then is not below length
+                if (inside && column < length) {
+                    *reinterpret_cast<T*>(tile + tile_offset(row, column / 8) + column % 8 * sizeof(T)) = from_f32<T>(values[e]);
+                }
+            }
+        }
+    }
+}
+
+// Four f32 as sums of two bf16 each: 16 bits of every significand.
+struct Split {
+    uint32_t high[2], low[2];
+
+    __device__ __forceinline__ explicit Split(const float (&values)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float a, b;
+            high[i] = Pair<bf16>::pack(values[2 * i], values[2 * i + 1]);
+            Pair<bf16>::unpack(high[i], a, b);
+            low[i] = Pair<bf16>::pack(values[2 * i] - a, values[2 * i + 1] - b);
+        }
+    }
+};
+
+// Adds the low-rank branch of the tokens' adapters to `sums` [8 Groups][pitch]: v and b as pairs of bf16, three products of
+// four (the fourth is below the others' rounding). A token gets its own adapter's sum only, added once: what the adapters
+// of other tokens hold does not matter to it. Called by all threads of the block; a warp adds to the 32 columns from
+// `column` on, which are the rows of b from `first_row` on, and every lane where it has written (lane (g, t): columns
+// g + 8 i, tokens 8 m + 2 t and 8 m + 2 t + 1).
+template <typename T, int Groups>
+__device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t first_token, uint32_t tokens, uint32_t first_row,
+                                             uint32_t rows, float* sums, uint32_t pitch, uint32_t column) {
+    constexpr int kTokens = 8 * Groups, kWords = (kTokens + 31) / 32;
+    __shared__ Choice<kTokens> choice;
+    __shared__ uint32_t firsts[kWords];  // bit j: the token is the first of the tile with its adapter
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const bool b_is_bf16 = std::is_same<T, bf16>::value && !branch.b_is_f32;
+    choice.load(branch.adapters, first_token, tokens);
+    __syncthreads();
+    for (uint32_t j = threadIdx.x; j < kWords * 32; j += blockDim.x) {
+        const bool first = j < kTokens && branch.adapters.exists(choice.adapter[j]) && choice.is_first(j);
+        const uint32_t mask = __ballot_sync(kAllLanes, first);
+        if (lane == 0) firsts[j / 32] = mask;
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (uint32_t i = 0; i < kWords; ++i) {
+#pragma unroll 1
+        for (uint32_t mask = firsts[i]; mask != 0; mask &= mask - 1) {
+            const int32_t current = choice.adapter[i * 32 + __ffs(mask) - 1];
+            const Adapter adapter = branch.adapters.entries[current];
+#pragma unroll 1
+            for (uint32_t m = 0; m < kTokens; m += 8) {
+                const bool mine[2] = {choice.adapter[m + 2 * t] == current, choice.adapter[m + 2 * t + 1] == current};
+                if (!__any_sync(kAllLanes, mine[0] || mine[1])) continue;
+                const bool has_v = choice.adapter[m + g] == current;
+                const float* v = branch.v + size_t(first_token + m + g) * branch.adapters.pitch;
+                float delta[2][4] = {};
+#pragma unroll 1
+                for (uint32_t begin = 0; begin < adapter.rank; begin += 16) {
+                    const uint32_t r = begin + 4 * t;
+                    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    if (has_v && r < adapter.rank) load_vector(v + r, values);
+                    const Split x(values);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        uint32_t high[4], low[4];
+#pragma unroll
+                        for (int k = 0; k < 2; ++k) {
+                            const uint32_t row = first_row + half * 16 + k * 8 + g;
+                            load_b<T>(adapter, branch.b_is_f32, min(row, rows - 1), r, values);
+                            const Split b(values);
+                            high[k] = b.high[0], high[2 + k] = b.high[1];
+                            low[k] = b.low[0], low[2 + k] = b.low[1];
+                        }
+                        ptx::mma_bf16(delta[half], high, x.high[0], x.high[1]);
+                        ptx::mma_bf16(delta[half], high, x.low[0], x.low[1]);
+                        if (!b_is_bf16) ptx::mma_bf16(delta[half], low, x.high[0], x.high[1]);
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    if (mine[e % 2]) sums[(m + 2 * t + e % 2) * pitch + column + e / 2 * 8 + g] += delta[e / 4][e % 4];
+                }
+            }
+        }
+    }
+#pragma unroll 1
+    for (uint32_t m = 0; m < kTokens; m += 8) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const uint32_t token = m + 2 * t + e % 2;
+            if (branch.adapters.is_wrong(choice.adapter[token])) sums[token * pitch + column + e / 2 * 8 + g] = nan_value();
+        }
+    }
+}

@@ -1,0 +1,211 @@
+// y = row_scale * (x w^T + v b^T) + bias for 4-bit w and at most 16 tokens of 16 bits: what decoding a token waits for.
+// The bytes of w bound it, so weights must not cost more than about three instructions each.
+//
+// A byte of codes becomes two elements by one load from a table of 256 pairs, which lies in shared memory once per bank;
+// the elements are rounded to x's type there. Tensor cores multiply them, and the absmax, in f32, scales the sums of each 64
+// elements (blocks are 64 or longer, and rows are multiples of 64, so one absmax covers those). See tile.cuh for which lane
+// holds what.
+//
+// A block takes 32 rows of w. Its eight warps take every eighth slice of 64 along k, each with a pipeline of its own, so
+// that no barrier holds them up; their sums are added in the order of the warps at the end. The order of a sum depends on k
+// and the number of splits alone: a token's result does not depend on the tokens beside it, nor on how many there are.
+
+#include "product.cuh"
+#include "tile.cuh"
+
+constexpr uint32_t kWarps = 8, kThreads = kWarps * 32, kRows = kWarpRows, kStages = 6;
+constexpr uint32_t kStageBytes = kRows * kSlice / 2;  // of a warp
+
+// Every pair of elements that a byte stands for, for each bank. Lane l reads column l: no two lanes meet in a bank.
+struct Pairs {
+    uint32_t of_byte[256][32];
+
+    template <typename T>
+    __device__ __forceinline__ void build(const Codebook& codebook, uint32_t warp, uint32_t lane) {
+        const WarpDecoder values(codebook);
+        for (uint32_t byte = warp; byte < 256; byte += kWarps) {
+            // The element at the lower address sits in the high nibble and becomes the low half of the pair.
+            const float first = __shfl_sync(kAllLanes, values.mine, byte >> 4, 16);
+            const float second = __shfl_sync(kAllLanes, values.mine, byte & 15, 16);
+            of_byte[byte][lane] = Pair<T>::pack(first, second);
+        }
+    }
+
+    // The pair of byte `i` of `codes`: a shift, a mask with the lane's column put in, a load.
+    __device__ __forceinline__ uint32_t look_up(uint32_t codes, int i, uint32_t lane) const {
+        const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
+        const uint32_t offset = (shifted & (0xff << 7)) | lane * 4;
+        return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(of_byte) + offset);
+    }
+};
+
+struct Memory {
+    Pairs pairs;
+    alignas(16) uint8_t codes[kStages][kWarps][kStageBytes];
+};
+static_assert(sizeof(Memory) == 81920, "src/cuda/matmul.rs asks for this");
+
+// A warp's way along k.
+template <typename T, int Groups>
+struct Walk {
+    const Params& p;
+    uint32_t shared;  // address of the warp's codes of stage 0
+    uint32_t first_row, first_token, lane;
+    const uint8_t* source[2];  // the lane's share of a slice's codes: 16 bytes of two rows
+    bool has_source[2];
+    uint4 x[Groups][2], next_x[Groups][2];
+    float scales[4], next_scales[4];
+
+    __device__ __forceinline__ Walk(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_token, uint32_t lane)
+        : p(p), shared(shared), first_row(first_row), first_token(first_token), lane(lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t row = first_row + i * 16 + lane / 2;
+            has_source[i] = row < p.n;
+            source[i] = static_cast<const uint8_t*>(p.weight.data) + (has_source[i] ? uint64_t(row) * p.k / 2 + lane % 2 * 16 : 0);
+        }
+    }
+
+    // Brings the codes of a slice to a stage; nothing from `end` on, but the group counts.
+    __device__ __forceinline__ void copy(uint32_t slice, uint32_t end, uint32_t stage) const {
+        if (slice < end) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const bool inside = has_source[i];
+                ptx::copy_async16(shared + stage * kWarps * kStageBytes + i * 512 + lane * 16, source[i] + (inside ? slice * (kSlice / 2) : 0), inside ? 16 : 0);
+            }
+        }
+        ptx::commit_copies();
+    }
+
+    // Requests x and the absmax of a slice.
+    __device__ __forceinline__ void fetch(uint32_t slice, uint32_t end) {
+        if (slice >= end) return;
+        const uint32_t k = slice * kSlice;
+#pragma unroll
+        for (int m = 0; m < Groups; ++m) {
+            const uint32_t token = first_token + m * 8 + lane / 4;
+            const T* from = static_cast<const T*>(p.x) + size_t(token) * p.k + k + lane % 4 * 16;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                next_x[m][half] = token < p.tokens ? *reinterpret_cast<const uint4*>(from + half * 8) : make_uint4(0, 0, 0, 0);
+            }
+        }
+        uint64_t block[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t row = first_row + i * 8 + lane / 4;
+            block[i] = row < p.n ? (uint64_t(row) * p.k + k) >> p.weight.block_shift : 0;
+        }
+        p.weight.absmax.load(block, next_scales);
+    }
+
+    // The products of a slice, of which everything has come.
+    __device__ __forceinline__ void multiply(const Pairs& pairs, uint32_t stage, float (&sums)[2][Groups][4]) const {
+        uint2 codes[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            codes[i] = ptx::load_shared8(shared + stage * kWarps * kStageBytes + (i * 8 + lane / 4) * (kSlice / 2) + lane % 4 * 8);
+        }
+        float slice[2][Groups][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            Operands w;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint32_t elements[4];
+#pragma unroll
+                for (int b = 0; b < 4; ++b) elements[b] = pairs.look_up(half == 0 ? codes[i].x : codes[i].y, b, lane);
+                w.set(i / 2, i % 2, elements);
+            }
+#pragma unroll
+            for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    mma(T{}, slice[i][m], w.a[i][0], x[m][half].x, x[m][half].y);
+                    mma(T{}, slice[i][m], w.a[i][1], x[m][half].z, x[m][half].w);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[i][m][e] = fmaf(scales[i * 2 + e / 2], slice[i][m][e], sums[i][m][e]);
+            }
+        }
+    }
+};
+
+template <typename T, int Groups>
+__device__ __forceinline__ void skinny(const Params& p) {
+    constexpr uint32_t kTokens = 8 * Groups, kPitch = kRows + 4;
+    extern __shared__ __align__(128) uint8_t bytes[];
+    Memory& memory = *reinterpret_cast<Memory*>(bytes);
+    __shared__ float delta[kTokens][kRows];
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.y;
+    const uint32_t token_tiles = (p.tokens - 1) / kTokens + 1;
+    const uint32_t first_row = blockIdx.x / token_tiles * kRows, first_token = blockIdx.x % token_tiles * kTokens;
+    const uint32_t slices = p.k / kSlice;
+    const Range range((slices + kWarps - 1) / kWarps, split, p.splits);
+    const uint32_t end = min(range.end * kWarps, slices);
+
+    Walk<T, Groups> walk(p, ptx::shared_address(memory.codes[0][warp]), first_row, first_token, lane);
+    uint32_t slice = range.begin * kWarps + warp;
+#pragma unroll
+    for (uint32_t i = 0; i < kStages - 1; ++i) walk.copy(slice + i * kWarps, end, i);
+    walk.fetch(slice, end);
+    memory.pairs.build<T>(p.weight.codebook, warp, lane);
+    __syncthreads();
+
+    float sums[2][Groups][4] = {};
+    uint32_t stage = 0;
+#pragma unroll 1
+    for (; slice < end; slice += kWarps) {
+        ptx::wait_copies<kStages - 2>();
+        __syncwarp();
+        walk.copy(slice + (kStages - 1) * kWarps, end, stage == 0 ? kStages - 1 : stage - 1);
+#pragma unroll
+        for (int m = 0; m < Groups; ++m) walk.x[m][0] = walk.next_x[m][0], walk.x[m][1] = walk.next_x[m][1];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) walk.scales[i] = walk.next_scales[i];
+        walk.fetch(slice + kWarps, end);
+        walk.multiply(memory.pairs, stage, sums);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    ptx::wait_copies<0>();
+    __syncthreads();
+
+    // The codes' place is taken by the warps' sums.
+    float(&staging)[kWarps][kTokens][kPitch] = *reinterpret_cast<float(*)[kWarps][kTokens][kPitch]>(memory.codes);
+    static_assert(sizeof(staging) <= sizeof(memory.codes), "the sums fit");
+#pragma unroll
+    for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            staging[warp][m * 8 + lane % 4 * 2 + e % 2][e / 2 * 8 + lane / 4] = sums[e / 4][m][e % 4];
+        }
+    }
+    const bool has_branch = p.branch.adapters.entries != nullptr && split == 0;
+    if (has_branch) low_rank<T>(p.branch, first_token, p.tokens, first_row, p.n, delta);
+    __syncthreads();
+    if (first_row + lane >= p.n) return;
+    const Column<T> column(p.output, p.n, first_row + lane);
+    for (uint32_t m = warp; m < kTokens && first_token + m < p.tokens; m += kWarps) {
+        float sum = staging[0][m][lane];
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) sum += staging[w][m][lane];
+        column.store(first_token + m, has_branch ? sum + delta[m][lane] : sum, split, p.tokens);
+    }
+}
+
+#define ENTRY(T, TOKENS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) skinny_nf4_##T##_t##TOKENS(const __grid_constant__ Params p) { \
+        skinny<T, TOKENS / 8>(p);                                                                                        \
+    }
+
+ENTRY(f16, 8)
+ENTRY(f16, 16)
+ENTRY(bf16, 8)
+ENTRY(bf16, 16)

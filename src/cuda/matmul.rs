@@ -1,0 +1,480 @@
+//! `y = row_scale ⊙ (x Wᵀ + v Bᵀ) + bias`: the product of a linear layer, with W dense or in 4 bits, the low-rank branch of
+//! every token's adapter, DoRA's scale and the bias in one go.
+//!
+//! [`plan`] chooses among three kernels and says what it chose:
+//!
+//! | kernel | for | how |
+//! |---|---|---|
+//! | `skinny` | 4-bit W, 16-bit x, up to 16 tokens, k a multiple of 64, blocks of 64 or more | tensor cores; codes are looked up in pairs, absmax scales the sums |
+//! | `matvec` | up to 8 tokens of all else; f32 x with any number of tokens | f32 products |
+//! | `matmul` | the rest: 16-bit x from 9 tokens on | tensor cores, tiles of 128 outputs |
+//!
+//! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
+//! depend on the other tokens. Where a grid would not fill the device, blocks share a sum ([`Plan::splits`]); they leave
+//! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
+//! is [`Plan::rounding`]. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
+//!
+//! `v Bᵀ` has f32 products in `skinny` and `matvec`. In `matmul`, v and B are taken as sums of two bf16 (an f16 or bf16 B
+//! is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth of the rounding of an f16 y, a 64th of a bf16 one.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::adapter_table::LowRankParams;
+use super::check::{blocks, dimension, find};
+use super::nf4::{Absmax, Values};
+use super::{Kernel, Launch, LowRank, Nf4View, Properties, Queue, View, ViewMut};
+use crate::nf4::check_blocksize;
+use crate::{DType, Element, Error, Result};
+
+pub(super) const KERNELS: &[Kernel] = &[
+    matvec("matvec_nf4_f32_t1"),
+    matvec("matvec_nf4_f32_t4"),
+    matvec("matvec_nf4_f32_t8"),
+    matvec("matvec_nf4_f32_t1_ragged"),
+    matvec("matvec_nf4_f32_t4_ragged"),
+    matvec("matvec_nf4_f16_t1"),
+    matvec("matvec_nf4_f16_t4"),
+    matvec("matvec_nf4_f16_t8"),
+    matvec("matvec_nf4_f16_t1_ragged"),
+    matvec("matvec_nf4_f16_t4_ragged"),
+    matvec("matvec_nf4_bf16_t1"),
+    matvec("matvec_nf4_bf16_t4"),
+    matvec("matvec_nf4_bf16_t8"),
+    matvec("matvec_nf4_bf16_t1_ragged"),
+    matvec("matvec_nf4_bf16_t4_ragged"),
+    matvec("matvec_dense_f32_t1"),
+    matvec("matvec_dense_f32_t4"),
+    matvec("matvec_dense_f32_t8"),
+    matvec("matvec_dense_f32_t1_ragged"),
+    matvec("matvec_dense_f32_t4_ragged"),
+    matvec("matvec_dense_f16_t1"),
+    matvec("matvec_dense_f16_t4"),
+    matvec("matvec_dense_f16_t8"),
+    matvec("matvec_dense_f16_t1_ragged"),
+    matvec("matvec_dense_f16_t4_ragged"),
+    matvec("matvec_dense_bf16_t1"),
+    matvec("matvec_dense_bf16_t4"),
+    matvec("matvec_dense_bf16_t8"),
+    matvec("matvec_dense_bf16_t1_ragged"),
+    matvec("matvec_dense_bf16_t4_ragged"),
+    matmul("matmul_nf4_f16_t16"),
+    matmul("matmul_nf4_f16_t32"),
+    matmul("matmul_nf4_f16_t64"),
+    matmul("matmul_nf4_f16_t128"),
+    matmul("matmul_nf4_f16_t64_ragged"),
+    matmul("matmul_nf4_bf16_t16"),
+    matmul("matmul_nf4_bf16_t32"),
+    matmul("matmul_nf4_bf16_t64"),
+    matmul("matmul_nf4_bf16_t128"),
+    matmul("matmul_nf4_bf16_t64_ragged"),
+    matmul("matmul_dense_f16_t16"),
+    matmul("matmul_dense_f16_t32"),
+    matmul("matmul_dense_f16_t64"),
+    matmul("matmul_dense_f16_t128"),
+    matmul("matmul_dense_f16_t64_ragged"),
+    matmul("matmul_dense_bf16_t16"),
+    matmul("matmul_dense_bf16_t32"),
+    matmul("matmul_dense_bf16_t64"),
+    matmul("matmul_dense_bf16_t128"),
+    matmul("matmul_dense_bf16_t64_ragged"),
+    skinny("skinny_nf4_f16_t8"),
+    skinny("skinny_nf4_f16_t16"),
+    skinny("skinny_nf4_bf16_t8"),
+    skinny("skinny_nf4_bf16_t16"),
+    matmul("matmul_finish_f32"),
+    matmul("matmul_finish_f16"),
+    matmul("matmul_finish_bf16"),
+];
+
+const fn matvec(entry: &'static str) -> Kernel {
+    Kernel::new::<Params>("matvec", entry)
+}
+
+const fn matmul(entry: &'static str) -> Kernel {
+    Kernel::new::<Params>("matmul", entry)
+}
+
+const fn skinny(entry: &'static str) -> Kernel {
+    Kernel::new::<Params>("skinny", entry)
+}
+
+/// Elements of k that one step of a kernel takes.
+const MATVEC_STEP: usize = 1024;
+const MATMUL_STEP: usize = 64;
+const SKINNY_STEP: usize = 512;
+
+/// Elements of k that `skinny` scales at a time.
+const SLICE: usize = 64;
+
+/// Threads of `matmul_finish`, one output each.
+const FINISH_THREADS: usize = 128;
+
+/// How a weight is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// Elements of x's type.
+    Dense,
+    /// 4-bit codes.
+    Nf4 {
+        /// Elements per block.
+        blocksize: usize,
+    },
+}
+
+/// What is to be computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Rows of x and y.
+    pub tokens: usize,
+    /// Rows of W, columns of y.
+    pub n: usize,
+    /// Columns of x and W.
+    pub k: usize,
+    /// The type of x, y, the bias and a dense W.
+    pub dtype: DType,
+    /// How W is stored.
+    pub weight: WeightFormat,
+}
+
+/// A block's share of the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tile {
+    /// Tokens.
+    pub tokens: usize,
+    /// Rows of W.
+    pub rows: usize,
+    /// Elements of k at a time.
+    pub step: usize,
+}
+
+/// What a weight is when it is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// The stored number. Of codes: `value * absmax` in f32, one rounding.
+    Exact,
+    /// Codes: `value * absmax` in f32, rounded to x's type: what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    ToInput,
+    /// Codes: `value` rounded to x's type; the sum of each 64 products is then multiplied by absmax in f32.
+    Value,
+}
+
+/// What will run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// The shape that it is for.
+    pub shape: Shape,
+    /// The kernel; none where y has no elements.
+    pub kernel: Option<Kernel>,
+    /// The kernel that adds the parts of split sums.
+    pub finish: Option<Kernel>,
+    /// Share of one block.
+    pub tile: Tile,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Blocks that share a sum over k. Above 1, a second kernel adds their parts.
+    pub splits: usize,
+    /// What W is rounded to.
+    pub rounding: Rounding,
+    /// Whether rows of x and W are read in pieces of 16 bytes. Otherwise ("ragged": k is not a multiple of 32 for codes, of
+    /// the elements in 16 bytes for dense W) x is read element by element, and W in pieces that are not aligned to its rows.
+    pub vectors: bool,
+    /// Device memory that [`Plan::run`] wants to be lent.
+    pub workspace_bytes: usize,
+}
+
+/// The weight, `[n, k]`.
+#[derive(Debug, Clone, Copy)]
+pub enum Weight<'a, T> {
+    /// Elements, aligned to 16 bytes.
+    Dense(View<'a, T>),
+    /// 4-bit codes of the flattened matrix; blocks may begin in one row and end in the next.
+    Nf4(Nf4View<'a>),
+}
+
+/// What a product may have besides x and W. The default is nothing.
+#[derive(Debug)]
+pub struct Extras<'a, T, A = T> {
+    /// `[n]`, added at the end (not scaled by `row_scale`).
+    pub bias: Option<View<'a, T>>,
+    /// `[n]`: DoRA's `magnitude / norm`.
+    pub row_scale: Option<View<'a, f32>>,
+    /// The adapters and what [`lora_shrink`](super::lora_shrink) made of x.
+    pub low_rank: Option<LowRank<'a, A>>,
+}
+
+impl<T, A> Default for Extras<'_, T, A> {
+    fn default() -> Self {
+        Self { bias: None, row_scale: None, low_rank: None }
+    }
+}
+
+/// `Params` of `product.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    x: u64,
+    weight: WeightParams,
+    branch: LowRankParams,
+    output: Output,
+    tokens: u32,
+    n: u32,
+    k: u32,
+    splits: u32,
+}
+
+/// `Weight` of `product.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct WeightParams {
+    data: u64,
+    absmax: Absmax,
+    codebook: Values,
+    block_shift: u32,
+    padding: u32,
+}
+
+/// `Output` of `epilogue.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Output {
+    y: u64,
+    bias: u64,
+    row_scale: u64,
+    partial: u64,
+}
+
+const _: () = assert!(size_of::<Params>() == 224);
+
+/// Chooses the kernel, its tile, the grid and the number of splits.
+///
+/// # Errors
+/// [`Error::Argument`] for a block size that the format does not know, or sizes or a grid of 2^31 and above.
+pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
+    let Shape { tokens, n, k, dtype, weight } = *shape;
+    dimension("tokens", tokens)?;
+    dimension("n", n)?;
+    dimension("k", k)?;
+    if let WeightFormat::Nf4 { blocksize } = weight {
+        check_blocksize("weight.blocksize", blocksize)?;
+    }
+    let vectors = k.is_multiple_of(match weight {
+        WeightFormat::Nf4 { .. } => 32,
+        WeightFormat::Dense => 16 / dtype.size(),
+    });
+    let one_absmax = matches!(weight, WeightFormat::Nf4 { blocksize: SLICE.. }) && k.is_multiple_of(SLICE);
+    let choice = if dtype == DType::F32 || k == 0 {
+        Choice::matvec(shape, vectors)
+    } else if tokens <= 16 && one_absmax {
+        Choice::skinny(shape)
+    } else if tokens <= 8 {
+        Choice::matvec(shape, vectors)
+    } else {
+        Choice::matmul(shape, vectors, device)
+    };
+    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding } = choice;
+
+    let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
+    let splits = splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm);
+    let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
+    let ragged = if vectors { "" } else { "_ragged" };
+    let entry = format!("{name}_{kind}_{dtype}_t{}{ragged}", tile.tokens);
+    Ok(Plan {
+        shape: *shape,
+        kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
+        finish: (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
+        tile,
+        grid: [blocks("tokens * n", tiles)?, splits as u32, 1],
+        threads,
+        shared_bytes,
+        splits,
+        rounding,
+        vectors,
+        workspace_bytes: if splits > 1 { splits * tokens * n * size_of::<f32>() } else { 0 },
+    })
+}
+
+/// What the kernels have to say to a plan.
+struct Choice {
+    name: &'static str,
+    tile: Tile,
+    threads: u32,
+    shared_bytes: u32,
+    /// Blocks that a multiprocessor should have to keep its memory busy.
+    blocks_per_sm: u64,
+    rounding: Rounding,
+}
+
+impl Choice {
+    fn skinny(shape: &Shape) -> Self {
+        let tokens = if shape.tokens <= 8 { 8 } else { 16 };
+        Self {
+            name: "skinny",
+            tile: Tile { tokens, rows: 32, step: SKINNY_STEP },
+            threads: 256,
+            // 32 KiB of pairs, and six stages of 512 by 32 codes.
+            shared_bytes: 80 << 10,
+            blocks_per_sm: 1,
+            rounding: Rounding::Value,
+        }
+    }
+
+    fn matvec(shape: &Shape, vectors: bool) -> Self {
+        let tokens = match shape.tokens {
+            0..=1 => 1,
+            5.. if vectors => 8,
+            _ => 4,
+        };
+        Self {
+            name: "matvec",
+            tile: Tile { tokens, rows: 32, step: MATVEC_STEP },
+            threads: 256,
+            shared_bytes: 0,
+            blocks_per_sm: 1,
+            rounding: Rounding::Exact,
+        }
+    }
+
+    fn matmul(shape: &Shape, vectors: bool, device: &Properties) -> Self {
+        const ROWS: usize = 128;
+        let fills = |tokens: usize| {
+            shape.tokens.div_ceil(tokens) * shape.n.div_ceil(ROWS) >= device.sm_count as usize
+        };
+        let tokens = match shape.tokens {
+            _ if !vectors => 64,
+            0..=16 => 16,
+            17..=32 => 32,
+            65.. if fills(128) => 128,
+            _ => 64,
+        };
+        let (stages, row_bytes) = match shape.weight {
+            _ if !vectors => (1, MATMUL_STEP * 2),
+            WeightFormat::Nf4 { .. } => (4, MATMUL_STEP / 2),
+            WeightFormat::Dense => (3, MATMUL_STEP * 2),
+        };
+        let pipeline = stages * (tokens * MATMUL_STEP * 2 + ROWS * row_bytes);
+        let staging = tokens * (ROWS + 4) * size_of::<f32>();
+        Self {
+            name: "matmul",
+            tile: Tile { tokens, rows: ROWS, step: MATMUL_STEP },
+            threads: 128,
+            shared_bytes: pipeline.max(staging) as u32,
+            blocks_per_sm: if tokens <= 32 { 2 } else { 1 },
+            rounding: if shape.weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
+        }
+    }
+}
+
+/// Blocks that share a sum of `steps` steps, so that `tiles` tiles make about `blocks` blocks.
+fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
+    (blocks.checked_div(tiles).unwrap_or(1) as usize).clamp(1, steps.max(1))
+}
+
+impl Plan {
+    /// Computes `y` `[tokens, n]` from `x` `[tokens, k]`; both, and a dense W, are aligned to 16 bytes. `workspace` has
+    /// [`Plan::workspace_bytes`] or more, aligned to 16; what it holds does not matter, before or after.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for views or adapters that are not as the plan's shape says, [`Error::Device`] when a launch
+    /// fails.
+    pub fn run<T: Element, A: Element>(
+        &self,
+        queue: &dyn Queue,
+        x: View<'_, T>,
+        weight: &Weight<'_, T>,
+        extras: &Extras<'_, T, A>,
+        y: ViewMut<'_, T>,
+        workspace: ViewMut<'_, u8>,
+    ) -> Result<()> {
+        let device = queue.properties();
+        let Shape { tokens, n, k, dtype, .. } = self.shape;
+        if T::DTYPE != dtype {
+            return Err(Error::argument("x", dtype.name(), T::DTYPE));
+        }
+        x.check("x", tokens * k, 16, device)?;
+        y.check("y", tokens * n, 16, device)?;
+        workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
+        let params = Params {
+            x: x.address(),
+            weight: self.weight(weight, device)?,
+            branch: match &extras.low_rank {
+                Some(branch) => branch.params(dtype, tokens, n, device)?,
+                None => LowRankParams::zeroed(),
+            },
+            output: Output {
+                y: y.address(),
+                bias: optional("bias", &extras.bias, n, device)?,
+                row_scale: optional("row_scale", &extras.row_scale, n, device)?,
+                partial: if self.splits > 1 { workspace.address() } else { 0 },
+            },
+            tokens: tokens as u32,
+            n: n as u32,
+            k: k as u32,
+            splits: self.splits as u32,
+        };
+        let Some(kernel) = self.kernel else { return Ok(()) };
+        let launch = Launch {
+            kernel,
+            grid: self.grid,
+            block: [self.threads, 1, 1],
+            shared_bytes: self.shared_bytes,
+            params: bytemuck::bytes_of(&params),
+        };
+        // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when
+        // their table was made; they are borrowed, so they live until the caller lets go of them.
+        unsafe { queue.launch(&launch)? };
+        let Some(kernel) = self.finish else { return Ok(()) };
+        let finish = Launch {
+            kernel,
+            grid: [blocks("tokens * n", (tokens * n).div_ceil(FINISH_THREADS) as u64)?, 1, 1],
+            block: [FINISH_THREADS as u32, 1, 1],
+            shared_bytes: 0,
+            params: bytemuck::bytes_of(&params),
+        };
+        // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
+        unsafe { queue.launch(&finish) }
+    }
+
+    /// Checks W and says where it is.
+    fn weight<T: Element>(&self, weight: &Weight<'_, T>, device: &Properties) -> Result<WeightParams> {
+        let numel = self.shape.n * self.shape.k;
+        match (weight, self.shape.weight) {
+            (Weight::Dense(data), WeightFormat::Dense) => {
+                data.check("weight", numel, 16, device)?;
+                Ok(WeightParams { data: data.address(), ..WeightParams::zeroed() })
+            }
+            (Weight::Nf4(nf4), WeightFormat::Nf4 { blocksize }) => {
+                if nf4.blocksize != blocksize {
+                    return Err(Error::argument("weight.blocksize", blocksize.to_string(), nf4.blocksize));
+                }
+                nf4.check("weight", numel, device)?;
+                Ok(WeightParams {
+                    data: nf4.packed.address(),
+                    absmax: nf4.absmax.params(),
+                    codebook: nf4.values(),
+                    block_shift: nf4.block_shift(),
+                    padding: 0,
+                })
+            }
+            (Weight::Dense(_), WeightFormat::Nf4 { .. }) => {
+                Err(Error::argument("weight", "4-bit codes", "dense"))
+            }
+            (Weight::Nf4(_), WeightFormat::Dense) => Err(Error::argument("weight", "dense", "4-bit codes")),
+        }
+    }
+}
+
+/// The address of a row vector that may be absent.
+fn optional<T: Element>(
+    argument: &str,
+    view: &Option<View<'_, T>>,
+    n: usize,
+    device: &Properties,
+) -> Result<u64> {
+    let Some(view) = view else { return Ok(0) };
+    view.check(argument, n, size_of::<T>() as u64, device)?;
+    Ok(view.address())
+}
