@@ -95,9 +95,11 @@ macro_rules! element {
             fn from_f64(value: f64) -> Self {
                 $from64(value)
             }
+            #[inline(always)]
             fn widen(from: &[Self], to: &mut [f32]) {
                 $widen(from, to);
             }
+            #[inline(always)]
             fn round(from: &[f32], to: &mut [Self]) {
                 $round(from, to);
             }

@@ -148,6 +148,9 @@ fn product<T: Element, A: Element, R: Real>(
     map: impl Fn(R) -> R,
     mut write: impl FnMut(usize, R),
 ) {
+    if m == 0 || n == 0 {
+        return; // the other sizes may be anything then
+    }
     let real = |value: f32| map(R::of(value));
     let dot = |a: &[R], b: &[R]| a.iter().zip(b).fold(R::ZERO, |sum, (&a, &b)| sum + a * b);
     let x: Vec<R> = x.iter().map(|v| real(v.to_f32())).collect();

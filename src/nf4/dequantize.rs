@@ -32,30 +32,38 @@ pub(super) fn decode_all<T: Element>(
     codebook: &Codebook,
     out: &mut [T],
 ) {
-    out.par_chunks_mut(TASK)
-        .enumerate()
-        .for_each(|(task, out)| decode(packed, &absmax, blocksize, codebook, task * TASK, out));
+    let tasks = out.par_chunks_mut(TASK).enumerate();
+    tasks.for_each(|(task, out)| decode(packed, &absmax, blocksize, codebook, task * TASK, out, rounded));
 }
 
-/// The elements from `start` on, as many as `out` takes. They exist.
-pub(super) fn decode<T: Element>(
+/// The elements from `start` on, as many as `out` takes. They exist. `convert` makes the sixteen values of a block what
+/// they are in `out`.
+pub(super) fn decode<V: Copy>(
     packed: &[u8],
     absmax: impl Fn(usize) -> f32,
     blocksize: usize,
     codebook: &Codebook,
     start: usize,
-    out: &mut [T],
+    out: &mut [V],
+    convert: impl Fn([f32; 16]) -> [V; 16],
 ) {
     let (mut at, mut rest) = (start, out);
     while !rest.is_empty() {
         let block = at / blocksize;
         let absmax = absmax(block);
-        let values = codebook.values().map(|value| T::from_f32(value * absmax));
+        let values = convert(codebook.values().map(|value| value * absmax));
         let in_block = rest.len().min((block + 1) * blocksize - at);
         let (elements, tail) = rest.split_at_mut(in_block);
         unpack(packed, at, &values, elements);
         (at, rest) = (at + in_block, tail);
     }
+}
+
+/// Rounds a block's values.
+pub(super) fn rounded<T: Element>(values: [f32; 16]) -> [T; 16] {
+    let mut rounded = [T::from_f32(0.0); 16];
+    T::round(&values, &mut rounded);
+    rounded
 }
 
 /// Looks up the codes from element `start` on.

@@ -1,6 +1,6 @@
 //! A quantised tensor.
 
-use super::dequantize::{decode, decode_all};
+use super::dequantize::{decode, decode_all, rounded};
 use super::{Absmax, Codebook, block_count, check_blocksize, check_len, nest, packed_len, quantize};
 use crate::tensor::{Tensor, each_dtype, numel};
 use crate::{DType, Element, Error, Result};
@@ -114,8 +114,18 @@ impl Nf4Matrix {
             let got = format!("{} from {start} on", out.len());
             return Err(Error::argument("out", format!("elements of {}", self.numel), got));
         }
-        decode(&self.packed, |block| self.absmax.get(block), self.blocksize, &self.codebook, start, out);
+        self.decode_as(start, out, rounded);
         Ok(())
+    }
+
+    /// [`Nf4Matrix::decode`], widened. The elements exist.
+    pub(crate) fn decode_widened<T: Element>(&self, start: usize, out: &mut [f32]) {
+        self.decode_as(start, out, |values| rounded::<T>(values).map(T::to_f32));
+    }
+
+    fn decode_as<V: Copy>(&self, start: usize, out: &mut [V], convert: impl Fn([f32; 16]) -> [V; 16]) {
+        let absmax = |block| self.absmax.get(block);
+        decode(&self.packed, absmax, self.blocksize, &self.codebook, start, out, convert);
     }
 
     /// Sizes of the dimensions, slowest first; a linear layer's weight is `[out, in]`.

@@ -62,23 +62,39 @@ impl<'a> Coder<'a> {
             for ((x, ranks), absmax) in blocks {
                 *absmax = self.block(x, ranks);
             }
-            for (byte, pair) in packed.iter_mut().zip(ranks.chunks_exact(2)) {
-                *byte = self.bytes[usize::from((pair[0] << 4) | pair[1])];
+            for (byte, [first, second]) in packed.iter_mut().zip(ranks.as_chunks().0) {
+                *byte = self.bytes[usize::from((first << 4) | second)];
             }
         }
     }
 
+    /// How many thresholds each lane is above; all lanes side by side, which compilers make vectors of.
+    fn ranks<const LANES: usize>(&self, x: [f32; LANES]) -> [u8; LANES] {
+        let mut ranks = [0i32; LANES];
+        for t in self.thresholds {
+            for (rank, x) in ranks.iter_mut().zip(&x) {
+                *rank += i32::from(x > t);
+            }
+        }
+        ranks.map(|rank| rank as u8)
+    }
+
     /// Writes the rank of each element of one block, and returns its absmax.
     fn block(&self, x: &[f32], ranks: &mut [u8]) -> f32 {
+        let ranks = &mut ranks[..x.len()]; // the missing second of the last pair is not ours
         let absmax = largest_magnitude(x);
         if absmax > 0.0 {
             let (lift, inverse) = normaliser(absmax);
-            for (rank, x) in ranks.iter_mut().zip(x) {
-                let x = x * lift * inverse;
-                *rank = self.thresholds.iter().map(|&t| u8::from(x > t)).sum();
+            let (lanes, rest) = x.as_chunks::<16>();
+            let (rank_lanes, rank_rest) = ranks.as_chunks_mut();
+            for (ranks, x) in rank_lanes.iter_mut().zip(lanes) {
+                *ranks = self.ranks(x.map(|x| x * lift * inverse));
+            }
+            for (rank, x) in rank_rest.iter_mut().zip(rest) {
+                [*rank] = self.ranks([x * lift * inverse]);
             }
         } else {
-            ranks[..x.len()].fill(self.zero_rank);
+            ranks.fill(self.zero_rank);
         }
         absmax
     }
