@@ -539,6 +539,29 @@ fn harmless_fields_are_kept() {
     assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), config);
 }
 
+/// `layers_to_transform`: a number or a list, found at the first number in the name, or after `layers_pattern`.
+#[test]
+fn layers_are_chosen_by_number() {
+    let (config, model) = files(&Path::new(DATA).join(LORA));
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let mut first = Tensors::parse(&model);
+    first.0.retain(|name, _| name.contains("layers.0."));
+    for (layers, pattern, layer_0, both) in [
+        (json!(0), json!(null), true, false),
+        (json!(1), json!(null), false, false),
+        (json!([0]), json!("layers"), true, false),
+        (json!([1, 0]), json!(["h", "layers"]), true, true),
+        (json!([0, 1]), json!(["h"]), false, false),
+        (json!([]), json!(null), true, true),
+    ] {
+        let mut config = config.clone();
+        (config["layers_to_transform"], config["layers_pattern"]) = (layers, pattern);
+        let text = config.to_string();
+        let reads = |tensors: &[u8]| AdapterFile::parse(text.as_bytes(), tensors).is_ok();
+        assert_eq!((reads(&first.bytes()), reads(&model)), (layer_0, both), "{text}");
+    }
+}
+
 /// An expression as fine-tuning tools write it for models with several towers.
 #[test]
 fn long_expressions_are_understood() {

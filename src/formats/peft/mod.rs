@@ -16,6 +16,7 @@
 //! ```
 
 mod config;
+mod fields;
 mod patterns;
 mod tensors;
 
