@@ -6,11 +6,13 @@
 mod fixtures;
 mod low_rank;
 
+use std::cell::Cell;
+
 use fixtures::{Fixture, path, text};
-use lora_kernels::adapter::{Adapter, Stack};
+use lora_kernels::adapter::{AdaLora, Adapter, Dora, Lora, Scaling, Stack};
 use lora_kernels::formats::peft;
-use lora_kernels::{DType, Tensor};
-use low_rank::{F32, F64, Linear, assert_close};
+use lora_kernels::{DType, Error, Tensor};
+use low_rank::{BF16, F32, F64, Linear, assert_close};
 use serde_json::Value;
 
 const FOLDERS: [&str; 12] = [
@@ -202,4 +204,312 @@ fn merge_is_pefts() {
         assert_close(&format!("{} unmerged", case.name), &restored, weights.iter().copied());
         assert_close(&format!("{} PEFT's unmerged", case.name), &theirs, weights);
     });
+}
+
+fn rounded(tensor: &Tensor, dtype: DType) -> Tensor {
+    Tensor::from_f32(tensor.shape(), &tensor.to_f32(), dtype).unwrap()
+}
+
+/// The adapter with its parameters rounded.
+fn rounded_adapter(adapter: &Adapter, dtype: DType) -> Adapter {
+    let lora_of = |lora: &Lora| {
+        let rounded_lora =
+            Lora::new(rounded(lora.lora_a(), dtype), rounded(lora.lora_b(), dtype), lora.scaling());
+        let rounded_lora = rounded_lora.unwrap().with_fan_in_fan_out(lora.fan_in_fan_out());
+        match lora.lora_bias() {
+            Some(bias) => rounded_lora.with_lora_bias(rounded(bias, dtype)).unwrap(),
+            None => rounded_lora,
+        }
+    };
+    match adapter {
+        Adapter::Lora(lora) => lora_of(lora).into(),
+        Adapter::Dora(dora) => {
+            Dora::new(lora_of(dora.lora()), rounded(dora.magnitude(), dtype)).unwrap().into()
+        }
+        Adapter::AdaLora(ada) => {
+            let [a, e, b] = [ada.lora_a(), ada.lora_e(), ada.lora_b()].map(|factor| rounded(factor, dtype));
+            AdaLora::new(a, e, b, ada.alpha(), ada.init_r()).unwrap().into()
+        }
+        Adapter::Embedding(_) => panic!("PEFT's results for embeddings are in f32"),
+    }
+}
+
+/// A bf16 base under an f32 adapter, and all in bf16: we sum in f32 and round once; what PEFT rounds besides is in its bound.
+#[test]
+fn merge_in_bf16_is_pefts() {
+    let cases = Cell::new(0);
+    each_module(false, |case| {
+        let weight = rounded(&case.weight, DType::BF16);
+        for (part, adapter) in [
+            ("bf16", Some(case.adapter.clone())),
+            ("bf16all", case.has("bf16all.merged").then(|| rounded_adapter(case.adapter, DType::BF16))),
+        ] {
+            let Some(adapter) = adapter.filter(|_| case.has(&format!("{part}.merged"))) else { continue };
+            let truth = case.truth_of(&adapter, &weight);
+            let stack = Stack::new(&[&adapter], &weight).unwrap();
+            let f32_error =
+                |n, k| (merge_roundings(&truth) + truth.row_scale(n).1) * truth.merged(n, k).magnitude;
+            let merged = case.stored(|n, k| {
+                let w = truth.merged(n, k).value;
+                (w, BF16 * w.abs() + f32_error(n, k))
+            });
+            let ours = stack.merge(&weight, DType::BF16).unwrap();
+            assert_close(&format!("{} {part}", case.name), &ours.to_f64(), merged.iter().copied());
+
+            // With an adapter in bf16, PEFT also rounds the delta; of DoRA the sum, the norm and the factor; of AdaLoRA
+            // A * E, the product, its scaled value, and init_r.
+            let more = |n, k| match (part, &adapter) {
+                ("bf16all", Adapter::Lora(_)) => BF16 * truth.delta(n, k).magnitude,
+                ("bf16all", Adapter::Dora(_)) => 5.0 * BF16 * truth.merged(n, k).magnitude,
+                ("bf16all", _) => 5.0 * BF16 * truth.delta(n, k).magnitude,
+                _ => 0.0,
+            };
+            let theirs = case.tensor(&format!("{part}.merged"));
+            let extra = case.stored(more);
+            let bound = merged.iter().zip(extra).map(|((w, tolerance), extra)| (*w, tolerance + extra));
+            assert_close(&format!("{} PEFT's {part}", case.name), &theirs.to_f64(), bound);
+
+            if part == "bf16" {
+                // PEFT rounds the delta here too, and gives back other bits than it was given. So do we, by less.
+                let theirs_stored = theirs.to_f64();
+                let ours = stack.unmerge(&theirs, DType::BF16).unwrap();
+                let place =
+                    |n, k| if case.adapter.fan_in_fan_out() { k * truth.n + n } else { n * truth.k + k };
+                let unmerged = case.stored(|n, k| {
+                    let w = theirs_stored[place(n, k)] / truth.row_scale(n).0 - truth.delta(n, k).value;
+                    (w, BF16 * w.abs() + 2.0 * f32_error(n, k) / truth.row_scale(n).0.abs())
+                });
+                assert_close(
+                    &format!("{} bf16 unmerged", case.name),
+                    &ours.to_f64(),
+                    unmerged.iter().copied(),
+                );
+                let delta = case
+                    .stored(|n, k| 3.0 * BF16 * truth.merged(n, k).magnitude / truth.row_scale(n).0.abs());
+                let bound = unmerged.iter().zip(delta).map(|((w, tolerance), delta)| (*w, tolerance + delta));
+                assert_close(
+                    &format!("{} PEFT's bf16 unmerged", case.name),
+                    &case.f64("bf16.unmerged"),
+                    bound,
+                );
+            }
+            cases.set(cases.get() + 1);
+        }
+    });
+    assert_eq!(cases.get(), 22);
+}
+
+/// x and base in bf16, the adapter in f32. Ours is exact but for f64; PEFT rounds the base's output, then their sum.
+#[test]
+fn forward_in_bf16_is_pefts() {
+    let cases = Cell::new(0);
+    each_module(false, |case| {
+        if !case.has("bf16.y_adapted") {
+            return;
+        }
+        let (weight, x) = (rounded(&case.weight, DType::BF16), rounded(&case.tensor("x"), DType::BF16));
+        let bias = case.bias.as_ref().map(|bias| rounded(bias, DType::BF16));
+        let mut truth = case.truth_of(case.adapter, &weight);
+        truth.bias = bias.as_ref().map_or(vec![0.0; truth.n], Tensor::to_f64);
+        let stack = Stack::new(&[case.adapter], &weight).unwrap();
+        let y = stack.forward(&x, &weight, bias.as_ref()).unwrap();
+        let sums: Vec<_> = x.to_f64().chunks(truth.k).flat_map(|x| truth.forward(x)).collect();
+        let roundings = (2 * truth.k + truth.rank + 8) as f64;
+        let name = format!("{} y in bf16", case.name);
+        assert_close(&name, &y, sums.iter().map(|sum| (sum.value, roundings * F64 * sum.magnitude)));
+
+        let base: Vec<f64> = x.to_f64().chunks(truth.k).flat_map(|x| base_output(&truth, x)).collect();
+        let bound = sums.iter().zip(base).enumerate().map(|(i, (sum, base))| {
+            let (scale, relative) = truth.row_scale(i % truth.n);
+            let spread = if truth.magnitude.is_some() { 2.0 + 2.0 / scale.abs() } else { 1.0 };
+            // DoRA takes the bias off again, and scales what was rounded.
+            let bias = truth.bias[i % truth.n];
+            let rounded =
+                base.abs() + (scale - 1.0).abs() * (base.abs() + (base - bias).abs()) + sum.value.abs();
+            (sum.value, BF16 * (1.0 + BF16) * rounded + (roundings * F32 + relative) * spread * sum.magnitude)
+        });
+        assert_close(&format!("{} PEFT's y in bf16", case.name), &case.f64("bf16.y_adapted"), bound);
+        cases.set(cases.get() + 1);
+    });
+    assert_eq!(cases.get(), 11);
+}
+
+/// `x Wᵀ + bias`.
+fn base_output(linear: &Linear, x: &[f64]) -> Vec<f64> {
+    let rows = linear.weight.chunks(linear.k).zip(&linear.bias);
+    rows.map(|(w, bias)| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>() + bias).collect()
+}
+
+/// The merged weight and bias give the same outputs as weight and adapter, within what the merge rounds.
+#[test]
+fn merged_and_unmerged_agree() {
+    each_module(false, |case| {
+        let truth = case.truth();
+        for (dtype, unit) in
+            [(DType::F32, F32), (DType::BF16, BF16), (DType::F16, DType::F16.unit_roundoff())]
+        {
+            let stack = case.stack();
+            let merged = stack.merge(&case.weight, dtype).unwrap();
+            let merged_bias = stack.merge_bias(case.bias.as_ref(), DType::F32).unwrap();
+            let no_adapter =
+                lora(&[0.0; 0], &[0.0; 0], [truth.n, 0, truth.k], 1.0, case.adapter.fan_in_fan_out());
+            let plain = Stack::new(&[&no_adapter], &merged).unwrap();
+            let x = case.tensor("x");
+            let got = plain.forward(&x, &merged, merged_bias.as_ref()).unwrap();
+            let wanted = stack.forward(&x, &case.weight, case.bias.as_ref()).unwrap();
+            let bounds = x.to_f64().chunks(truth.k).flat_map(|x| truth.forward(x)).collect::<Vec<_>>();
+            // f16 has no relative bound below its normal numbers: half of its smallest step there.
+            let tiny = if dtype == DType::F16 { 2.0f64.powi(-25) } else { 0.0 };
+            let tiny = x
+                .to_f64()
+                .chunks(truth.k)
+                .map(|x| tiny * x.iter().map(|x| x.abs()).sum::<f64>())
+                .collect::<Vec<_>>();
+            let bound = wanted.iter().zip(bounds).enumerate().map(|(i, (y, sum))| {
+                (*y, (unit + merge_roundings(&truth)) * sum.magnitude + tiny[i / truth.n])
+            });
+            assert_close(&format!("{} {dtype}", case.name), &got, bound);
+        }
+    });
+}
+
+/// A LoRA of f32 factors on a weight of shape `[n, k]`.
+fn lora(a: &[f32], b: &[f32], [n, rank, k]: [usize; 3], scaling: f64, fan_in_fan_out: bool) -> Adapter {
+    let tensor = |shape: [usize; 2], values: &[f32]| Tensor::from_f32(shape, values, DType::F32).unwrap();
+    let lora = Lora::new(tensor([rank, k], a), tensor([n, rank], b), scaling).unwrap();
+    lora.with_fan_in_fan_out(fan_in_fan_out).into()
+}
+
+#[test]
+fn bias_of_lora_b_is_merged_scaled() {
+    let cases = Cell::new(0);
+    each_module(false, |case| {
+        let (stack, truth) = (case.stack(), case.truth());
+        let merged = stack.merge_bias(case.bias.as_ref(), DType::F32).unwrap();
+        if !case.has("merged_bias") {
+            assert_eq!(merged, case.bias, "{}", case.name);
+            return;
+        }
+        let merged = merged.unwrap();
+        let bound = |c: f64| {
+            let sums = truth.bias.iter().zip(&truth.lora_bias);
+            sums.map(move |(bias, b)| {
+                (bias + truth.scaling * b, c * F32 * (bias.abs() + (truth.scaling * b).abs()))
+            })
+        };
+        assert_close(&case.name, &merged.to_f64(), bound(2.0).collect::<Vec<_>>());
+        assert_close(&case.name, &case.f64("merged_bias"), bound(3.0).collect::<Vec<_>>());
+        let restored = stack.unmerge_bias(Some(&merged), DType::F32).unwrap().unwrap();
+        let error = bound(4.0).map(|(_, error)| error);
+        assert_close(
+            &case.name,
+            &restored.to_f64(),
+            truth.bias.iter().copied().zip(error).collect::<Vec<_>>(),
+        );
+        cases.set(cases.get() + 1);
+    });
+    assert_eq!(cases.get(), 2);
+}
+
+#[test]
+fn embeddings_are_pefts() {
+    each_module(true, |case| {
+        let truth = case.truth();
+        let (stack, roundings) = (case.stack(), (truth.rank + 3) as f64);
+        let delta = case.stored(|n, k| truth.delta(n, k));
+        let merged = case.stored(|n, k| truth.merged(n, k));
+        let bound = |sums: &[low_rank::Sum], unit: f64| {
+            sums.iter().map(|sum| (sum.value, roundings * unit * sum.magnitude)).collect::<Vec<_>>()
+        };
+        assert_close("delta", &case.adapter.delta().unwrap(), bound(&delta, F64));
+        assert_close("PEFT's delta", &case.f64("delta"), bound(&delta, F32));
+        let ours = stack.merge(&case.weight, DType::F32).unwrap();
+        assert_close("merged", &ours.to_f64(), bound(&merged, F32));
+        assert_close("PEFT's merged", &case.f64("merged"), bound(&merged, F32));
+
+        let ids: Vec<usize> = case.io.get::<i64>(&case.key("x")).into_iter().map(|id| id as usize).collect();
+        let rows: Vec<_> =
+            ids.iter().flat_map(|id| merged[id * truth.n..(id + 1) * truth.n].to_vec()).collect();
+        assert_close("y", &stack.lookup(&ids, &case.weight).unwrap(), bound(&rows, F64));
+        assert_close("PEFT's y", &case.f64("y_adapted"), bound(&rows, F32));
+        let beyond = stack.lookup(&[0, truth.k], &case.weight).unwrap_err();
+        assert!(matches!(&beyond, Error::Argument { argument, .. } if argument == "ids[1]"), "{beyond}");
+    });
+}
+
+/// Several adapters on one weight. DoRA's norm is over the weight without the others, and scales what came before it.
+#[test]
+fn several_adapters_are_pefts() {
+    let file = Fixture::open("peft/multi_merge");
+    let scaling = |name: &str| file.json["scaling"][name].as_f64().unwrap();
+    let lora = |name: &str, scaling: f64| {
+        Lora::new(file.tensor(&format!("{name}.lora_A")), file.tensor(&format!("{name}.lora_B")), scaling)
+            .unwrap()
+    };
+    // alpha and rank, as the file's text says.
+    let adapters = [
+        ("a1", Adapter::from(lora("a1", Scaling::Lora.factor(16.0, 8)))),
+        ("a2", lora("a2", Scaling::RsLora.factor(5.0, 3)).into()),
+        (
+            "a3",
+            Dora::new(lora("a3", Scaling::Lora.factor(8.0, 4)), file.tensor("a3.magnitude")).unwrap().into(),
+        ),
+    ];
+    let find = |name: &str| &adapters.iter().find(|(n, _)| *n == name).unwrap().1;
+    let (weight, x) = (file.tensor("base_weight"), file.tensor("x"));
+    for (name, adapter) in &adapters {
+        assert_eq!(adapter.scaling(), scaling(name));
+    }
+    for names in ["a1", "a1+a2", "a1+a3", "a2+a1", "a3+a1"] {
+        let stack: Vec<&Adapter> = names.split('+').map(find).collect();
+        let n = weight.shape()[0];
+        // W' in f64, one adapter after the other; and the magnitudes of its terms.
+        let mut merged: Vec<low_rank::Sum> =
+            weight.to_f64().into_iter().map(|w| low_rank::Sum { value: w, magnitude: w.abs() }).collect();
+        let (mut relative, mut spread, mut rank) = (0.0f64, 1.0f64, 0);
+        for adapter in &stack {
+            let linear = Linear::new(adapter, adapter.scaling(), &weight.to_f64());
+            rank += linear.rank;
+            for (i, w) in merged.iter_mut().enumerate() {
+                let delta = linear.delta(i / n, i % n);
+                w.value += delta.value;
+                w.magnitude += delta.magnitude;
+            }
+            for (row, w) in merged.chunks_mut(n).enumerate() {
+                let (scale, error) = linear.row_scale(row);
+                relative = relative.max(error);
+                // Of DoRA's terms, as in `forward_is_pefts`.
+                spread = spread.max(if linear.magnitude.is_some() { 2.0 + 2.0 / scale.abs() } else { 1.0 });
+                w.iter_mut().for_each(|w| *w = w.scaled(scale));
+            }
+        }
+        let made = Stack::new(&stack, &weight).unwrap();
+        let ours = made.merge(&weight, DType::F32).unwrap();
+        let bound = |c: f64| merged.iter().map(move |w| (w.value, c * w.magnitude)).collect::<Vec<_>>();
+        let c = (rank + 5) as f64 * F32;
+        assert_close(names, &ours.to_f64(), bound(c));
+        assert_close(
+            &format!("PEFT's {names}"),
+            &file.tensor(&format!("merged.{names}")).to_f64(),
+            bound(c + 4.0 * F32 + relative),
+        );
+
+        let y = made.forward(&x, &weight, None).unwrap();
+        let x = x.to_f64();
+        let outputs: Vec<low_rank::Sum> = (0..x.len() / n * n)
+            .map(|i| {
+                let mut sum = low_rank::Sum::default();
+                for (x, w) in x[i / n * n..].iter().zip(&merged[i % n * n..][..n]) {
+                    sum.value += x * w.value;
+                    sum.magnitude += x.abs() * w.magnitude;
+                }
+                sum
+            })
+            .collect();
+        let roundings = (3 * n + rank + 8) as f64;
+        let bound = |c: f64| outputs.iter().map(move |y| (y.value, c * y.magnitude)).collect::<Vec<_>>();
+        assert_close(&format!("{names} y"), &y, bound(roundings * F64));
+        let theirs = bound(spread * (roundings * F32 + relative));
+        assert_close(&format!("{names} PEFT's y"), &file.tensor(&format!("y.{names}")).to_f64(), theirs);
+    }
 }
