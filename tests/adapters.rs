@@ -9,8 +9,9 @@ mod low_rank;
 use std::cell::Cell;
 
 use fixtures::{Fixture, path, text};
-use lora_kernels::adapter::{AdaLora, Adapter, Dora, Lora, Scaling, Stack};
+use lora_kernels::adapter::{AdaLora, Adapter, Dora, EmbeddingLora, Lora, Scaling, Stack};
 use lora_kernels::formats::peft;
+use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Error, Tensor};
 use low_rank::{BF16, F32, F64, Linear, assert_close};
 use serde_json::Value;
@@ -512,4 +513,137 @@ fn several_adapters_are_pefts() {
         let theirs = bound(spread * (roundings * F32 + relative));
         assert_close(&format!("{names} PEFT's y"), &file.tensor(&format!("y.{names}")).to_f64(), theirs);
     }
+}
+
+/// A module whose ranks have all been pruned adds nothing, and its scale does not matter.
+#[test]
+fn a_rank_of_zero_adds_nothing() {
+    let file = peft::load(path("peft/llama/adalora_pruned")).unwrap();
+    let adapter = &file.adapters["model.layers.1.self_attn.q_proj"];
+    assert_eq!(adapter.rank(), 0);
+    let weight = Fixture::open("peft/llama/base/model").tensor("model.layers.1.self_attn.q_proj.weight");
+    assert!(adapter.delta().unwrap().iter().all(|&d| d == 0.0));
+    let stack = Stack::new(&[adapter], &weight).unwrap();
+    assert_eq!(stack.merge(&weight, DType::F32).unwrap(), weight);
+    assert_eq!(stack.unmerge(&weight, DType::F32).unwrap(), weight);
+    let plain = Linear::new(adapter, 0.0, &weight.to_f64());
+    let x: Vec<f32> = (0..64).map(|i| (i as f32 - 31.5) / 16.0).collect();
+    let x = Tensor::from_f32([64], &x, DType::F32).unwrap();
+    let y = stack.forward(&x, &weight, None).unwrap();
+    let bound = plain.forward(&x.to_f64()).into_iter().map(|sum| (sum.value, 64.0 * F64 * sum.magnitude));
+    assert_close("rank 0", &y, bound);
+    assert_eq!(Scaling::Lora.factor(16.0, 0), 0.0);
+    assert_eq!(Scaling::RsLora.factor(16.0, 0), 0.0);
+}
+
+/// alpha of 0, and a scaling of 0, add nothing either; the outputs keep their bits.
+#[test]
+fn a_scaling_of_zero_adds_nothing() {
+    let weight = Tensor::from_f32([3, 2], &[1.5, -2.0, 0.25, 3.0, -0.5, 0.125], DType::BF16).unwrap();
+    let x = Tensor::from_f32([2, 2], &[0.3, -0.7, 1.1, 5.0], DType::F32).unwrap();
+    let of = |scaling| lora(&[0.1, 0.2], &[1.0, 2.0, 3.0], [3, 1, 2], scaling, false);
+    let none = lora(&[], &[], [3, 0, 2], 1.0, false);
+    let stack = |adapter: &Adapter| Stack::new(&[adapter], &weight).unwrap();
+    assert_eq!(stack(&of(0.0)).merge(&weight, DType::BF16).unwrap(), weight);
+    let forward = |adapter: &Adapter| stack(adapter).forward(&x, &weight, None).unwrap();
+    assert_eq!(forward(&of(0.0)), forward(&none));
+    assert_ne!(forward(&of(1.0)), forward(&none));
+}
+
+/// A token's bits are the same alone, and anywhere in a batch.
+#[test]
+fn tokens_do_not_touch_each_other() {
+    each_module(false, |case| {
+        let (stack, x) = (case.stack(), case.tensor("x"));
+        let (n, k) = (case.adapter.out_features(), case.adapter.in_features());
+        let y = stack.forward(&x, &case.weight, case.bias.as_ref()).unwrap();
+        for (x, y) in x.to_f32().chunks(k).zip(y.chunks(n)) {
+            let alone = Tensor::from_f32([1, 1, k], x, DType::F32).unwrap();
+            let alone = stack.forward(&alone, &case.weight, case.bias.as_ref()).unwrap();
+            assert_eq!(
+                bytemuck::cast_slice::<_, u8>(&alone),
+                bytemuck::cast_slice::<_, u8>(y),
+                "{}",
+                case.name
+            );
+        }
+    });
+}
+
+fn argument<R>(result: Result<R, Error>) -> String {
+    match result {
+        Err(Error::Argument { argument, .. }) => argument,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+#[test]
+fn misfits_are_refused() {
+    let zeros =
+        |shape: &[usize]| Tensor::from_f32(shape, &vec![0.0; shape.iter().product()], DType::F32).unwrap();
+    let ones =
+        |shape: &[usize]| Tensor::from_f32(shape, &vec![1.0; shape.iter().product()], DType::F32).unwrap();
+    let (a, b) = (ones(&[2, 4]), ones(&[3, 2]));
+    let good = || Lora::new(a.clone(), b.clone(), 1.0).unwrap();
+
+    assert_eq!(argument(Lora::new(ones(&[8]), b.clone(), 1.0)), "lora_a");
+    assert_eq!(argument(Lora::new(a.clone(), ones(&[3, 1]), 1.0)), "lora_b");
+    assert_eq!(argument(Lora::new(a.clone(), ones(&[3, 2, 1]), 1.0)), "lora_b");
+    for scaling in [f64::NAN, f64::INFINITY] {
+        assert_eq!(argument(Lora::new(a.clone(), b.clone(), scaling)), "scaling");
+        assert_eq!(argument(EmbeddingLora::new(a.clone(), b.clone(), scaling)), "scaling");
+        assert_eq!(argument(AdaLora::new(a.clone(), ones(&[2, 1]), b.clone(), scaling, 4)), "alpha");
+    }
+    assert_eq!(argument(good().with_lora_bias(ones(&[4]))), "lora_bias");
+    assert_eq!(argument(Dora::new(good(), ones(&[4]))), "magnitude");
+    assert_eq!(argument(Dora::new(good().with_lora_bias(ones(&[3])).unwrap(), ones(&[3]))), "lora.lora_bias");
+    assert_eq!(argument(AdaLora::new(a.clone(), ones(&[2]), b.clone(), 1.0, 4)), "lora_e");
+    assert_eq!(argument(EmbeddingLora::new(a.clone(), ones(&[2, 3]), 1.0)), "lora_b");
+
+    let (adapter, weight): (Adapter, _) = (good().into(), ones(&[3, 4]));
+    let turned: Adapter = good().with_fan_in_fan_out(true).into();
+    assert_eq!(argument(Stack::new(&[], &weight)), "adapters");
+    assert_eq!(argument(Stack::new(&[&adapter], &ones(&[4, 3]))), "base of adapters[0]");
+    assert_eq!(argument(Stack::new(&[&turned], &weight)), "base of adapters[0]");
+    assert_eq!(argument(Stack::new(&[&adapter], &ones(&[12]))), "base of adapters[0]");
+    let other = Adapter::from(Lora::new(ones(&[1, 5]), ones(&[3, 1]), 1.0).unwrap());
+    assert_eq!(argument(Stack::new(&[&adapter, &other], &weight)), "base of adapters[1]");
+    assert_eq!(argument(Stack::new(&[&adapter, &turned], &weight)), "adapters[1].fan_in_fan_out");
+    let nf4 = Nf4Matrix::quantize_tensor(&ones(&[4, 3]), 64, &Codebook::nf4(), Nesting::Plain).unwrap();
+    assert_eq!(argument(Stack::new(&[&turned], &nf4)), "adapters[0].fan_in_fan_out");
+
+    let stack = Stack::new(&[&adapter], &weight).unwrap();
+    assert_eq!(argument(stack.forward(&ones(&[2, 3]), &weight, None)), "x");
+    assert_eq!(
+        argument(stack.forward(&Tensor::from_f32([], &[1.0], DType::F32).unwrap(), &weight, None)),
+        "x"
+    );
+    assert_eq!(argument(stack.forward(&ones(&[2, 4]), &ones(&[4, 3]), None)), "base");
+    assert_eq!(argument(stack.forward(&ones(&[2, 4]), &weight, Some(&ones(&[4])))), "bias");
+    assert_eq!(argument(stack.merge(&ones(&[4, 3]), DType::F32)), "weight");
+    assert_eq!(argument(stack.unmerge(&ones(&[4, 3]), DType::F32)), "merged");
+    assert_eq!(argument(stack.merge_nf4(&nf4)), "weight");
+    assert_eq!(argument(stack.unmerge_nf4(&nf4)), "merged");
+    assert_eq!(argument(stack.merge_bias(Some(&ones(&[4])), DType::F32)), "bias");
+    assert_eq!(argument(stack.unmerge_bias(Some(&ones(&[4])), DType::F32)), "merged");
+    assert_eq!(argument(stack.lookup(&[0], &weight)), "adapters.fan_in_fan_out");
+
+    // A magnitude of 0 silences an output for good.
+    let silent = Dora::new(good(), zeros(&[3])).unwrap().into();
+    let stack = Stack::new(&[&silent], &weight).unwrap();
+    let merged = stack.merge(&weight, DType::F32).unwrap();
+    assert!(merged.to_f32().iter().all(|&w| w == 0.0));
+    assert_eq!(argument(stack.unmerge(&merged, DType::F32)), "merged[0, 0], adapted");
+
+    // Without elements, and with more outputs than fit in memory.
+    let empty = Adapter::from(Lora::new(zeros(&[0, 0]), zeros(&[3, 0]), 1.0).unwrap());
+    let stack = Stack::new(&[&empty], &zeros(&[3, 0])).unwrap();
+    assert_eq!(stack.forward(&zeros(&[2, 0]), &zeros(&[3, 0]), Some(&ones(&[3]))).unwrap(), [1.0; 6]);
+    assert_eq!(stack.merge(&zeros(&[3, 0]), DType::F16).unwrap().shape(), [3, 0]);
+    let huge = Adapter::from(Lora::new(zeros(&[0, 1 << 62]), zeros(&[1 << 62, 0]), 1.0).unwrap());
+    assert_eq!(argument(huge.delta()), "delta");
+    let wide = Adapter::from(Lora::new(zeros(&[0, 0]), zeros(&[1 << 62, 0]), 1.0).unwrap());
+    let stack = Stack::new(&[&wide], &zeros(&[1 << 62, 0])).unwrap();
+    assert_eq!(argument(stack.forward(&zeros(&[1 << 62, 0]), &zeros(&[1 << 62, 0]), None)), "y");
 }

@@ -19,8 +19,8 @@ pub struct Update<'a, A> {
 /// `merged = round_T(row_scale * t)` with `t = fma(scaling, delta, w)` for one adapter after the other, where
 /// `delta = fma(B[n, r], A[r, k], delta)` for r ascending from `delta = 0`: f32, and one rounding to `T`.
 ///
-/// `weight` and `merged` are `[n, k]` row-major (`[k, n]` with `fan_in_fan_out`). Without adapters (or with ranks 0 and no
-/// `row_scale`) the bits stay.
+/// `weight` and `merged` are `[n, k]` row-major (`[k, n]` with `fan_in_fan_out`). Without adapters the bits stay;
+/// with a scaling or a rank of 0 they do too, but that -0 becomes 0.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) when a length does not fit. Nothing is written then.
