@@ -29,13 +29,15 @@ struct Owned<A> {
     scaling: f32,
 }
 
+impl<A> Owned<A> {
+    fn low_rank(&self) -> LowRank<'_, A> {
+        LowRank { lora_a: &self.a, lora_b: &self.b, rank: self.rank, scaling: self.scaling }
+    }
+}
+
 impl<T: Element, A: Element> Batch<T, A> {
     fn adapters(&self) -> Vec<LowRank<'_, A>> {
-        let view = |o| {
-            let Owned { a, b, rank, scaling } = o;
-            LowRank { lora_a: a, lora_b: b, rank: *rank, scaling: *scaling }
-        };
-        self.adapters.iter().map(view).collect()
+        self.adapters.iter().map(Owned::low_rank).collect()
     }
 
     fn max_rank(&self) -> usize {
