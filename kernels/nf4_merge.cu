@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(kFlatThreads) nf4_merge_flat(const 
     __shared__ FlatEncoder::Shared maxima;
     CountingSearch::Table none;
     const uint64_t first = uint64_t(blockIdx.x) * kFlatTile + flat_offset();
-    float t[kFlatChunks][8];
+    float t[kFlatChunks][8] = {};
 #pragma unroll
     for (uint32_t c = 0; c < kFlatChunks; ++c)
 #pragma unroll 1

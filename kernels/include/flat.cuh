@@ -68,7 +68,7 @@ class FlatEncoder {
         largest[0] = max_nan(largest[0], largest[1]);
         if (output.block_shift > 9) {
             const uint32_t warp = threadIdx.x / 32, warps = 1u << (output.block_shift - 9);
-            of_warp[warp] = largest[0];
+            if (threadIdx.x % 32 == 0) of_warp[warp] = largest[0];
             __syncthreads();
 #pragma unroll 1
             for (uint32_t i = 0; i < warps; ++i) largest[0] = max_nan(largest[0], of_warp[(warp & ~(warps - 1)) + i]);

@@ -46,7 +46,9 @@ class Nf4Rows {
 
     __device__ __forceinline__ void decode_elements(const Matrix& matrix, uint32_t row, uint32_t column, float (&w)[kRowsPerThread][8]) const {
 #pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i)
+        for (uint32_t i = 0; i < kRowsPerThread; ++i) {
+#pragma unroll
+            for (uint32_t k = 0; k < 8; ++k) w[i][k] = 0.0f;
 #pragma unroll 1
             for (uint32_t j = 0; j < 8; ++j) {
                 const bool exists = row + i < matrix.rows && column + j < matrix.columns;
@@ -55,5 +57,6 @@ class Nf4Rows {
                 for (uint32_t k = 0; k < 8; ++k)  // w[i][j] = x, in registers
                     if (k == j) w[i][k] = x;
             }
+        }
     }
 };
