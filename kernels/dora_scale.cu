@@ -48,7 +48,7 @@ struct DenseRows {
 
 template <typename Rows>
 __device__ __forceinline__ void sum(const Params& p, Rows& weight) {
-    __shared__ __align__(16) DeltaTile::Shared shared;
+    __shared__ DeltaTile::Shared shared;
     const Matrix matrix{p.rows, p.columns, false};
     const uint32_t piece = blockIdx.x % p.pieces, tile_row = blockIdx.x / p.pieces * kTileRows;
     const uint32_t row = tile_row + threadIdx.x / 16 * kRowsPerThread, x = threadIdx.x % 16;
@@ -57,15 +57,14 @@ __device__ __forceinline__ void sum(const Params& p, Rows& weight) {
     for (uint32_t tile_column = piece * kPiece; tile_column < min((piece + 1) * kPiece, p.columns); tile_column += kTileColumns) {
         const uint32_t column = tile_column + x * 8;
         weight.fetch(matrix, row, column);
-        const DeltaTile tile(shared, matrix, tile_row, tile_column, p.deltas.dtype);
-        if (p.deltas.count) tile.begin(p.deltas.item[0]);
+        const DeltaTile tile(shared, p.deltas, matrix, tile_row, tile_column);
+        tile.begin(0);
         float t[kRowsPerThread][8];
         weight.decode(matrix, row, column, t);
 #pragma unroll 1
         for (uint32_t number = 0; number < p.deltas.count; ++number) {
             float delta[kRowsPerThread][8];
-            tile.finish(p.deltas.item[number], delta);
-            if (number + 1 < p.deltas.count) tile.begin(p.deltas.item[number + 1]);
+            tile.compute(number, number + 1, delta);
 #pragma unroll
             for (uint32_t i = 0; i < kRowsPerThread; ++i)
 #pragma unroll

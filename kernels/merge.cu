@@ -35,7 +35,7 @@ __device__ __forceinline__ void scale(const Params& p, uint32_t row, uint32_t co
 
 template <typename T>
 __device__ __forceinline__ void merge(const Params& p) {
-    __shared__ __align__(16) DeltaTile::Shared shared;
+    __shared__ DeltaTile::Shared shared;
     const Matrix matrix{p.rows, p.columns, p.transposed != 0};
     const uint32_t tile_row = blockIdx.x / p.column_tiles * kTileRows, tile_column = blockIdx.x % p.column_tiles * kTileColumns;
     const uint32_t row = tile_row + threadIdx.x / 16 * kRowsPerThread, column = tile_column + threadIdx.x % 16 * 8;
@@ -53,19 +53,19 @@ __device__ __forceinline__ void merge(const Params& p) {
             stored[i].load_part(w, row + i < p.rows ? count : 0);
     }
 
-    const DeltaTile tile(shared, matrix, tile_row, tile_column, p.deltas.dtype);
-    const auto adapter = [&](uint32_t turn) -> const Delta& { return p.deltas.item[p.unmerge ? p.deltas.count - 1 - turn : turn]; };
-    if (p.deltas.count) tile.begin(adapter(0));
+    const DeltaTile tile(shared, p.deltas, matrix, tile_row, tile_column);
+    const uint32_t step = p.unmerge ? -1 : 1;  // after adapter 0 comes a number that is no adapter's
+    uint32_t number = p.unmerge ? p.deltas.count - 1 : 0;
+    tile.begin(number);
     float t[kRowsPerThread][8];
 #pragma unroll
     for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(t[i]);
     if (p.unmerge && p.row_scale) scale<true>(p, row, column, t);
 #pragma unroll 1
-    for (uint32_t turn = 0; turn < p.deltas.count; ++turn) {
+    for (; number < p.deltas.count; number += step) {
         float delta[kRowsPerThread][8];
-        tile.finish(adapter(turn), delta);
-        if (turn + 1 < p.deltas.count) tile.begin(adapter(turn + 1));
-        const float scaling = p.unmerge ? -adapter(turn).scaling : adapter(turn).scaling;
+        tile.compute(number, number + step, delta);
+        const float scaling = p.unmerge ? -p.deltas.item[number].scaling : p.deltas.item[number].scaling;
 #pragma unroll
         for (uint32_t i = 0; i < kRowsPerThread; ++i)
 #pragma unroll

@@ -36,14 +36,13 @@ __device__ __forceinline__ void merge_tile(const Params& p, const Place& place, 
     const Matrix matrix{p.rows, p.columns, false};
     Nf4Rows weight(p.weight);
     weight.fetch(matrix, place.row, place.column);
-    const DeltaTile tile(shared, matrix, place.tile_row, place.tile_column, p.deltas.dtype);
-    if (p.deltas.count) tile.begin(p.deltas.item[0]);
+    const DeltaTile tile(shared, p.deltas, matrix, place.tile_row, place.tile_column);
+    tile.begin(0);
     weight.decode(matrix, place.row, place.column, t);
 #pragma unroll 1
     for (uint32_t number = 0; number < p.deltas.count; ++number) {
         float delta[kRowsPerThread][8];
-        tile.finish(p.deltas.item[number], delta);
-        if (number + 1 < p.deltas.count) tile.begin(p.deltas.item[number + 1]);
+        tile.compute(number, number + 1, delta);
 #pragma unroll
         for (uint32_t i = 0; i < kRowsPerThread; ++i)
 #pragma unroll
@@ -60,7 +59,7 @@ __device__ __forceinline__ void merge_tile(const Params& p, const Place& place, 
 
 template <typename Search>
 __device__ __forceinline__ void to_nf4(const Params& p) {
-    __shared__ __align__(16) DeltaTile::Shared shared;
+    __shared__ DeltaTile::Shared shared;
     __shared__ typename Search::Table table;
     const Search search(p.encoder, table);
     const Place place(p);
@@ -79,7 +78,7 @@ __device__ __forceinline__ void to_nf4(const Params& p) {
 
 template <typename T>
 __device__ __forceinline__ void to_dense(const Params& p) {
-    __shared__ __align__(16) DeltaTile::Shared shared;
+    __shared__ DeltaTile::Shared shared;
     const Place place(p);
     float t[kRowsPerThread][8];
     merge_tile(p, place, shared, t);

@@ -13,7 +13,7 @@
 struct Delta {
     const void* a;  // [rank, in]
     const void* b;  // [out, rank]
-    uint32_t rank;
+    uint32_t rank;  // not 0
     float scaling;
 };
 
@@ -34,53 +34,58 @@ struct Matrix {
 
 constexpr uint32_t kTileRows = 64, kTileColumns = 128, kTileThreads = 256, kRowsPerThread = 4;
 
-// Use: begin(adapter) stages the first ranks, finish(adapter, delta) does the rest; between the two the block may wait for
-// its weights. All threads of the block take part.
+// Use: begin() stages the first ranks, compute(0, ...), compute(1, ...) ... do the rest; after begin() the block may wait
+// for its weights. All threads of the block take part.
 class DeltaTile {
     // A slice of ranks. Pitches and the place of columns are such that a warp's 16-byte reads meet no bank conflict, and
     // its stores at most two to a bank.
     static constexpr uint32_t kDepth = 16, kLeftPitch = kTileRows + 4, kRightPitch = 148, kRightHalf = 80;
 
   public:
-    struct Shared {
+    struct alignas(16) Shared {
         float left[kDepth][kLeftPitch];    // [r][row]
         float right[kDepth][kRightPitch];  // [r][place(column)]
     };
 
-    __device__ __forceinline__ DeltaTile(Shared& shared, const Matrix& matrix, uint32_t row, uint32_t column, uint32_t dtype)
-        : shared(shared), matrix(matrix), row(row), column(column), dtype(dtype) {}
+    __device__ __forceinline__ DeltaTile(Shared& shared, const Deltas& deltas, const Matrix& matrix, uint32_t row, uint32_t column)
+        : shared(shared), deltas(deltas), matrix(matrix), row(row), column(column) {}
 
-    __device__ __forceinline__ void begin(const Delta& adapter) const { stage(adapter, 0); }
+    __device__ __forceinline__ void begin(uint32_t number) const {
+        if (number < deltas.count) stage(number, 0);
+    }
 
-    __device__ __forceinline__ void finish(const Delta& adapter, float (&delta)[kRowsPerThread][8]) const {
+    // The delta of adapter `number`. Then comes `next`, or none if there is no such adapter.
+    __device__ __forceinline__ void compute(uint32_t number, uint32_t next, float (&delta)[kRowsPerThread][8]) const {
 #pragma unroll
-        for (int i = 0; i < int(kRowsPerThread); ++i)
-#pragma unroll
-            for (int j = 0; j < 8; ++j) delta[i][j] = 0.0f;
+        for (uint32_t i = 0; i < kRowsPerThread * 8; ++i) delta[i / 8][i % 8] = 0.0f;
+        const uint32_t rank = deltas.item[number].rank;
 #pragma unroll 1
-        for (uint32_t first = 0; first < adapter.rank; first += kDepth) {
+        for (uint32_t first = 0; first < rank; first += kDepth) {
             __syncthreads();  // the slice is there
-            const uint32_t depth = min(adapter.rank - first, kDepth);
+            const uint32_t depth = min(rank - first, kDepth);
 #pragma unroll 4
             for (uint32_t r = 0; r < depth; ++r) multiply(r, delta);
             __syncthreads();  // and has been read
-            stage(adapter, first + kDepth);
+            const bool more = first + kDepth < rank;
+            if (more || next < deltas.count) stage(more ? number : next, more ? first + kDepth : 0);
         }
     }
 
   private:
     Shared& shared;
+    const Deltas& deltas;
     const Matrix& matrix;
-    const uint32_t row, column, dtype;  // of the tile's first element; of the factors
+    const uint32_t row, column;  // of the tile's first element
 
     // Columns 8x..8x+3 of all x come first, then columns 8x+4..8x+7 of all x.
     static __device__ __forceinline__ uint32_t place(uint32_t column) {
         return column / 8 * 4 + column % 4 + (column & 4 ? kRightHalf : 0);
     }
 
-    __device__ __forceinline__ void stage(const Delta& adapter, uint32_t first) const {
-        if (first >= adapter.rank) return;
-        switch (dtype) {
+    // Stages the ranks of one adapter from `first` on.
+    __device__ __forceinline__ void stage(uint32_t number, uint32_t first) const {
+        const Delta& adapter = deltas.item[number];
+        switch (deltas.dtype) {
             case kF32: return stage_as<float>(adapter, first);
             case kF16: return stage_as<f16>(adapter, first);
             default: return stage_as<bf16>(adapter, first);
@@ -108,20 +113,22 @@ class DeltaTile {
     // Element (r, i) lies at r * step + i: lanes run along i. What lies outside the matrix is zero.
     template <uint32_t Width, typename T, typename Store>
     static __device__ __forceinline__ void stage_along(const T* factor, uint64_t step, uint32_t depth, uint32_t limit, const Store& store) {
-        const uint32_t i = threadIdx.x % Width;
-#pragma unroll 4
-        for (uint32_t r = threadIdx.x / Width; r < depth; r += kTileThreads / Width)
-            store(r, i, i < limit ? to_f32(factor[r * step + i]) : 0.0f);
+        const uint32_t i = threadIdx.x % Width, first = threadIdx.x / Width;
+        factor += first * step + i;
+#pragma unroll
+        for (uint32_t r = 0; r < kDepth; r += kTileThreads / Width, factor += step * (kTileThreads / Width))
+            if (first + r < depth) store(first + r, i, i < limit ? to_f32(*factor) : 0.0f);
     }
 
     // Element (r, i) lies at r + i * step: lanes run along r.
     template <uint32_t Width, typename T, typename Store>
     static __device__ __forceinline__ void stage_across(const T* factor, uint64_t step, uint32_t depth, uint32_t limit, const Store& store) {
-        const uint32_t r = threadIdx.x % kDepth;
+        const uint32_t r = threadIdx.x % kDepth, first = threadIdx.x / kDepth;
         if (r >= depth) return;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x / kDepth; i < Width; i += kTileThreads / kDepth)
-            store(r, i, i < limit ? to_f32(factor[r + i * step]) : 0.0f);
+        factor += r + first * step;
+#pragma unroll
+        for (uint32_t i = 0; i < Width; i += kTileThreads / kDepth, factor += step * (kTileThreads / kDepth))
+            store(r, first + i, first + i < limit ? to_f32(*factor) : 0.0f);
     }
 
     __device__ __forceinline__ void multiply(uint32_t r, float (&delta)[kRowsPerThread][8]) const {

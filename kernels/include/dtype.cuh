@@ -157,11 +157,10 @@ struct Eight<float> {
 // What the host calls the element types. Twin: cuda::deltas::code.
 enum DTypeCode : uint32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
-// x rounded to a type that is known at run time.
-__device__ __forceinline__ float round_to(uint32_t dtype, float x) {
-    switch (dtype) {
-        case kF32: return x;
-        case kF16: return to_f32(from_f32<f16>(x));
-        default: return to_f32(from_f32<bf16>(x));
-    }
+// x rounded to a type that is known at run time only.
+template <int Count>
+__device__ __forceinline__ void round_to(uint32_t dtype, float (&x)[Count]) {
+    if (dtype == kF32) return;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) x[i] = dtype == kF16 ? to_f32(from_f32<f16>(x[i])) : to_f32(from_f32<bf16>(x[i]));
 }

@@ -63,7 +63,7 @@ __device__ __forceinline__ void normalize(float absmax, float (&x)[8]) {
 // over [-1, 1]. The table holds each bin once per bank pair (lane l reads its own), so that a load never conflicts.
 struct BinnedSearch {
     static constexpr uint32_t kBins = 64;
-    struct Bin {
+    struct alignas(8) Bin {
         float threshold;  // the one in this bin, or infinity
         uint32_t rank;    // how many lie in bins below
     };

@@ -64,7 +64,9 @@ struct Nf4Weight {
         float scale[1];
         absmax.load(block, scale);
         const uint32_t code = packed[index / 2] >> (index % 2 ? 0 : 4) & 15;
-        return round_to(dtype, __fmul_rn(codebook.value[code], scale[0]));
+        float x[1] = {__fmul_rn(codebook.value[code], scale[0])};
+        round_to(dtype, x);
+        return x[0];
     }
 };
 static_assert(sizeof(Nf4Weight) == 128, "the Rust twin has this size");

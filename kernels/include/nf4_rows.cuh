@@ -32,9 +32,10 @@ class Nf4Rows {
 #pragma unroll
         for (uint32_t i = 0; i < kRowsPerThread; ++i) {
             decoder.decode(codes[i], absmax[i], w[i]);
-            const bool exists = row + i < matrix.rows && column < matrix.columns;
+            round_to(weight.dtype, w[i]);
+            if (row + i < matrix.rows && column < matrix.columns) continue;
 #pragma unroll
-            for (uint32_t j = 0; j < 8; ++j) w[i][j] = exists ? round_to(weight.dtype, w[i][j]) : 0.0f;
+            for (uint32_t j = 0; j < 8; ++j) w[i][j] = 0.0f;
         }
     }
 
@@ -46,17 +47,14 @@ class Nf4Rows {
 
     __device__ __forceinline__ void decode_elements(const Matrix& matrix, uint32_t row, uint32_t column, float (&w)[kRowsPerThread][8]) const {
 #pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-            for (uint32_t k = 0; k < 8; ++k) w[i][k] = 0.0f;
+        for (uint32_t i = 0; i < kRowsPerThread * 8; ++i) w[i / 8][i % 8] = 0.0f;
 #pragma unroll 1
-            for (uint32_t j = 0; j < 8; ++j) {
-                const bool exists = row + i < matrix.rows && column + j < matrix.columns;
-                const float x = exists ? weight[uint64_t(row + i) * matrix.columns + column + j] : 0.0f;
+        for (uint32_t i = 0; i < kRowsPerThread * 8; ++i) {
+            if (row + i / 8 >= matrix.rows || column + i % 8 >= matrix.columns) continue;
+            const float x = weight[uint64_t(row + i / 8) * matrix.columns + column + i % 8];
 #pragma unroll
-                for (uint32_t k = 0; k < 8; ++k)  // w[i][j] = x, in registers
-                    if (k == j) w[i][k] = x;
-            }
+            for (uint32_t k = 0; k < kRowsPerThread * 8; ++k)  // w[i / 8][i % 8] = x, in registers
+                if (k == i) w[k / 8][k % 8] = x;
         }
     }
 };

@@ -79,7 +79,7 @@ impl<A: Element> Update<'_, A> {
         let (row, column) = self.place(i, [n, k]);
         let add =
             |t: f32, adapter: &LowRank<'_, A>| adapter.scaling.mul_add(adapter.product(row, column, k), t);
-        let sum = self.adapters.iter().fold(weight, add);
+        let sum = self.adapters.iter().filter(|adapter| adapter.rank > 0).fold(weight, add);
         self.row_scale.map_or(sum, |row_scale| row_scale[row] * sum)
     }
 
@@ -88,7 +88,7 @@ impl<A: Element> Update<'_, A> {
         let sum = self.row_scale.map_or(merged, |row_scale| merged / row_scale[row]);
         let subtract =
             |t: f32, adapter: &LowRank<'_, A>| (-adapter.scaling).mul_add(adapter.product(row, column, k), t);
-        self.adapters.iter().rev().fold(sum, subtract)
+        self.adapters.iter().rev().filter(|adapter| adapter.rank > 0).fold(sum, subtract)
     }
 
     /// Output and input of element `i`.

@@ -58,8 +58,8 @@ impl Deltas {
         if adapters.len() > MAX_DELTAS {
             return Err(Error::argument("adapters", format!("at most {MAX_DELTAS}"), adapters.len()));
         }
-        let mut deltas = Self { count: adapters.len() as u32, dtype: code(A::DTYPE), ..Self::zeroed() };
-        for (i, (adapter, delta)) in adapters.iter().zip(&mut deltas.item).enumerate() {
+        let mut deltas = Self { dtype: code(A::DTYPE), ..Self::zeroed() };
+        for (i, adapter) in adapters.iter().enumerate() {
             let rank = dimension(&format!("adapters[{i}].rank"), adapter.rank)?;
             if !adapter.scaling.is_finite() {
                 let argument = format!("adapters[{i}].scaling");
@@ -68,8 +68,12 @@ impl Deltas {
             let align = size_of::<A>() as u64;
             adapter.lora_a.check(&format!("adapters[{i}].lora_a"), adapter.rank * k, align, device)?;
             adapter.lora_b.check(&format!("adapters[{i}].lora_b"), n * adapter.rank, align, device)?;
+            if rank == 0 {
+                continue; // adds nothing
+            }
             let (a, b) = (adapter.lora_a.address(), adapter.lora_b.address());
-            *delta = Delta { a, b, rank, scaling: adapter.scaling };
+            deltas.item[deltas.count as usize] = Delta { a, b, rank, scaling: adapter.scaling };
+            deltas.count += 1;
         }
         Ok(deltas)
     }

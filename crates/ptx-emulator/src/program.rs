@@ -337,6 +337,8 @@ pub(crate) struct Kernel {
     pub preds: usize,
     pub consts: Vec<(Reg, Const)>,
     pub specials: Vec<(Reg, Special)>,
+    /// Numbers of the registers that some path leaves unwritten before a use: the only ones that are tracked.
+    pub suspects: Vec<usize>,
     /// Reconvergence point of every branch: by pc, `NEVER` if there is none.
     pub reconverge: Vec<u32>,
     pub param_bytes: usize,

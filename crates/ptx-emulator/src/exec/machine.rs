@@ -169,13 +169,8 @@ impl<'a> Machine<'a> {
             warp.regs.pred[0] = !0;
             if self.tracked {
                 warp.init.clear();
-                warp.init.resize(kernel.preds + kernel.rows32 + kernel.rows64, 0);
-                warp.init[0] = !0;
-                warp.init[1] = !0;
-                let fixed = kernel.consts.iter().map(|c| c.0).chain(kernel.specials.iter().map(|s| s.0));
-                for reg in fixed {
-                    warp.init[super::track::number(kernel, reg)] = !0;
-                }
+                warp.init.resize(kernel.preds + kernel.rows32 + kernel.rows64, !0);
+                kernel.suspects.iter().for_each(|&register| warp.init[register] = 0);
             }
         }
         self.stats.blocks += per_cluster as u64;

@@ -245,6 +245,7 @@ fn mark_uninitialised(kernel: &mut Kernel, graph: &Graph, numbers: &Numbers) {
             step(kernel, &mut set, pc);
         }
     }
+    kernel.suspects = (0..numbers.all).filter(|&i| suspects.has(i)).collect();
     for (pc, inst) in kernel.code.iter_mut().enumerate() {
         let info = &kernel.info[pc];
         if flagged[pc] || info.defs.iter().chain(&info.uses).any(|r| suspects.has(numbers.of(*r))) {

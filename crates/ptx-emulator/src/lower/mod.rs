@@ -113,6 +113,7 @@ impl<'a> Lower<'a> {
             preds: self.regs.count_pred(),
             consts: self.regs.consts(),
             specials: self.regs.specials(),
+            suspects: Vec::new(),
             reconverge: vec![NEVER; self.code.len()],
             param_bytes: offset,
             shared: self.shared,
