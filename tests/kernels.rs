@@ -100,3 +100,10 @@ fn hopper_alone_gets_its_own_instructions() {
         assert!(matches!(error, Error::NoDevice { .. }), "{error}");
     }
 }
+
+#[test]
+#[ignore = "needs all other tests to have run: .ci/run does it"]
+fn every_kernel_was_launched_by_a_test() {
+    let never: Vec<_> = kernels().filter(|&kernel| !lora_kernels_devices::was_launched(kernel)).collect();
+    assert!(never.is_empty(), "no test has launched {never:#?}");
+}

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::{CudaSlice, DevicePtr};
 use lora_kernels::cuda::{CudaQueue, Queue};
 use lora_kernels::{Error, Result};
+use ptx_emulator::Counters;
 
 use crate::Backend;
 
@@ -37,6 +38,10 @@ impl Cuda {
 }
 
 impl Backend for Cuda {
+    fn name(&self) -> String {
+        self.queue.stream().context().name().unwrap_or_else(|e| panic!("the device's name: {e}"))
+    }
+
     fn queue(&self) -> &dyn Queue {
         &self.queue
     }
@@ -69,5 +74,9 @@ impl Backend for Cuda {
 
     fn synchronize(&self) {
         self.queue.stream().synchronize().unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn counters(&self) -> Option<Counters> {
+        None
     }
 }

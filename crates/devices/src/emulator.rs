@@ -1,0 +1,135 @@
+//! A GPU that is emulated: it executes the very PTX that a driver would load.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use lora_kernels::cuda::{
+    Image, Kernel, Launch, MemoryId, Properties, Queue, Target, kernels, modules, origin,
+};
+use lora_kernels::{Error, Result};
+use ptx_emulator::{Counters, Gpu, MemoryError, Module, Spec};
+
+use crate::{Backend, launched};
+
+pub(crate) struct Emulator {
+    gpu: Gpu,
+    target: Target,
+    properties: Properties,
+    counters: Mutex<Option<Counters>>,
+}
+
+impl Emulator {
+    pub(crate) fn new(spec: Spec) -> Self {
+        // Contexts of the driver, the other memories, are addresses of the lower half.
+        static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
+        let target = Target::for_capability(spec.capability).unwrap_or_else(|e| panic!("{e}"));
+        let properties = Properties {
+            capability: spec.capability,
+            sm_count: spec.sm_count,
+            max_shared_bytes: u32::try_from(spec.max_shared_per_block).expect("kilobytes"),
+            memory: MemoryId(NEXT.fetch_add(1, Ordering::Relaxed)),
+        };
+        Self { gpu: Gpu::new(spec), target, properties, counters: Mutex::default() }
+    }
+
+    fn counters(&self) -> MutexGuard<'_, Option<Counters>> {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, launch: &Launch<'_>) -> Result<Counters> {
+        let kernel = launch.kernel;
+        if !kernels().any(|known| known == kernel) {
+            return Err(device_error(kernel.entry, "it is not in the registry of kernels"));
+        }
+        let image = image(kernel, self.target)?;
+        let geometry = ptx_emulator::Launch {
+            grid: launch.grid,
+            block: launch.block,
+            cluster: [1; 3],
+            dynamic_shared: launch.shared_bytes,
+        };
+        let ran = self.gpu.launch(&load(image)?, kernel.entry, &geometry, &[launch.params]);
+        let counters = ran.map_err(|fault| device_error(kernel.entry, fault))?;
+        launched::record(kernel, image);
+        Ok(counters)
+    }
+}
+
+// SAFETY: the memory is this device's alone; a launch has ended when the call returns.
+unsafe impl Queue for Emulator {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let ran = self.run(launch);
+        *self.counters() = ran.as_ref().ok().cloned();
+        ran.map(drop)
+    }
+
+    unsafe fn upload(&self, destination: u64, bytes: &[u8]) -> Result<()> {
+        self.gpu.write(destination, bytes).map_err(|e| device_error("upload", e))
+    }
+}
+
+impl Backend for Emulator {
+    fn name(&self) -> String {
+        self.gpu.spec().name.clone()
+    }
+
+    fn queue(&self) -> &dyn Queue {
+        self
+    }
+
+    fn alloc(&self, bytes: usize, label: &str) -> u64 {
+        self.gpu.alloc(bytes, label).unwrap_or_else(misuse)
+    }
+
+    fn free(&self, address: u64) {
+        self.gpu.free(address).unwrap_or_else(misuse);
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) {
+        self.gpu.write(address, bytes).unwrap_or_else(misuse);
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) {
+        self.gpu.read(address, bytes).unwrap_or_else(misuse);
+    }
+
+    fn synchronize(&self) {}
+
+    fn counters(&self) -> Option<Counters> {
+        self.counters().clone()
+    }
+}
+
+fn misuse<T>(error: MemoryError) -> T {
+    panic!("{error}")
+}
+
+fn device_error(operation: &str, reason: impl ToString) -> Error {
+    Error::Device { operation: operation.into(), reason: reason.to_string() }
+}
+
+fn image(kernel: Kernel, target: Target) -> Result<&'static Image> {
+    let found = modules().iter().find(|image| image.module == kernel.module && image.target == target);
+    found.ok_or_else(|| {
+        device_error(kernel.entry, format!("this build has no {} for {target} ({})", kernel.module, origin()))
+    })
+}
+
+/// The parsed module; every process parses it once.
+fn load(image: &Image) -> Result<Module> {
+    static LOADED: Mutex<Option<HashMap<(&str, Target), Module>>> = Mutex::new(None);
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = loaded.get_or_insert_default();
+    if let Some(module) = loaded.get(&(image.module, image.target)) {
+        return Ok(module.clone());
+    }
+    let name = format!("{}.{}.ptx", image.module, image.target);
+    let module = Module::parse(&name, image.ptx).map_err(|e| device_error(image.module, e))?;
+    loaded.insert((image.module, image.target), module.clone());
+    Ok(module)
+}
