@@ -1,0 +1,540 @@
+//! The fused product against f64, on every path that a plan can choose.
+
+mod fixtures;
+mod products;
+
+use std::ops::Range;
+
+use fixtures::{Fixture, size};
+use half::{bf16, f16};
+use lora_kernels::cuda::matmul::{self, Extras, Rounding, WeightFormat};
+use lora_kernels::cuda::{AdapterTable, LowRank};
+use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, DYNAMIC_MAP, NestedAbsmax, Nesting, Nf4Matrix};
+use lora_kernels::{DType, Element, Error};
+use lora_kernels_devices::Device;
+use products::{Adapter, DeviceWeight, Factors, Numbers, Problem, Weight, same};
+
+const TOKENS: [usize; 22] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 33, 64, 65, 133];
+
+/// Runs a check for every type of x.
+macro_rules! each_type {
+    ($check:ident($($argument:expr),*)) => {
+        $check::<f32>($($argument),*);
+        $check::<f16>($($argument),*);
+        $check::<bf16>($($argument),*);
+    };
+}
+
+#[test]
+fn any_number_of_tokens() {
+    fn check<T: Element>(device: &Device) {
+        for tokens in TOKENS {
+            Problem::<T>::nf4(tokens, 65, 192, 64).run_and_check(device);
+            Problem::<T>::dense(tokens, 65, 96).run_and_check(device);
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+#[test]
+fn any_n_and_k() {
+    fn check<T: Element>(device: &Device) {
+        for tokens in [1, 3, 12, 33] {
+            for (n, k) in [
+                (1, 1),
+                (3, 33),
+                (33, 3),
+                (130, 31),
+                (1, 2049),
+                (65, 65),
+                (31, 96),
+                (7, 100),
+                (33, 128),
+                (5, 1032),
+                (2, 1057),
+                (129, 8),
+                (40, 32),
+            ] {
+                Problem::<T>::nf4(tokens, n, k, 64).run_and_check(device);
+                Problem::<T>::dense(tokens, n, k).run_and_check(device);
+            }
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+#[test]
+fn every_way_to_store_4_bits() {
+    fn check<T: Element>(device: &Device) {
+        let custom = Codebook::from_values(std::array::from_fn(|i| (i as f32 - 7.0) / 9.0)).unwrap();
+        for codebook in [Codebook::nf4(), Codebook::fp4(), custom] {
+            for nesting in [Nesting::Plain, Nesting::Nested] {
+                for blocksize in BLOCKSIZES {
+                    // One kernel after the other: skinny, matvec (ragged), matmul, matmul (ragged).
+                    for (tokens, k) in [(2, 128), (3, 72), (20, 160), (18, 70)] {
+                        let problem = Problem::<T>::dense(tokens, 35, k);
+                        problem.in_4_bits(blocksize, &codebook, nesting).run_and_check(device);
+                    }
+                }
+            }
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+#[test]
+fn adapters_scale_and_bias() {
+    fn check<T: Element, A: Element>(device: &Device) {
+        const RANKS: [usize; 8] = [8, 0, 1, 3, 16, 17, 64, 256];
+        for (tokens, n, k) in
+            [(1, 33, 128), (7, 40, 64), (7, 40, 65), (16, 33, 64), (21, 140, 96), (70, 33, 33)]
+        {
+            let plain = Problem::<T, A>::dense(tokens, n, k).with_bias_and_scale();
+            let problem = plain.clone().with_adapters(&RANKS);
+            problem.run_and_check(device);
+            let nf4 = problem.in_4_bits(64, &Codebook::nf4(), Nesting::Nested);
+            nf4.run_and_check(device);
+            // One adapter for all tokens, without an index.
+            let one = Problem { index: None, ..plain.with_adapters(&[5]) };
+            one.run_and_check(device);
+        }
+    }
+    let device = Device::best();
+    check::<f32, f32>(&device);
+    check::<f16, f16>(&device);
+    check::<f16, f32>(&device);
+    check::<bf16, bf16>(&device);
+    check::<bf16, f32>(&device);
+}
+
+/// With x the identity, a sum has one term that is not zero: y is the weight as it is multiplied, rounded to T.
+#[test]
+fn an_identity_gives_the_dequantised_weight_to_the_bit() {
+    fn check<T: Element>(
+        device: &Device,
+        tokens: usize,
+        n: usize,
+        k: usize,
+        blocksize: usize,
+        nesting: Nesting,
+    ) {
+        let mut problem = Problem::<T>::dense(tokens, n, k).in_4_bits(blocksize, &Codebook::nf4(), nesting);
+        for first in (0..k).step_by(tokens) {
+            problem.x.fill(T::from_f32(0.0));
+            let ones = tokens.min(k - first);
+            (0..ones).for_each(|i| problem.x[i * k + first + i] = T::from_f32(1.0));
+            let outcome = problem.run(device);
+            let Weight::Nf4(nf4) = &problem.weight else { unreachable!() };
+            let weight = nf4.dequantize::<T>();
+            assert_ne!(outcome.plan.rounding, Rounding::Value);
+            for i in 0..ones {
+                let column: Vec<T> = (0..n).map(|n| weight[n * k + first + i]).collect();
+                assert!(
+                    same(&outcome.y[i * n..(i + 1) * n], &column),
+                    "{:?}: column {}",
+                    outcome.plan,
+                    first + i
+                );
+            }
+        }
+    }
+    let device = Device::best();
+    for nesting in [Nesting::Plain, Nesting::Nested] {
+        check::<f16>(&device, 128, 70, 128, 64, nesting);
+        check::<bf16>(&device, 128, 70, 128, 64, nesting);
+        check::<bf16>(&device, 32, 130, 96, 32, nesting);
+        check::<bf16>(&device, 37, 30, 37, 32, nesting); // ragged
+        check::<f32>(&device, 8, 33, 33, 64, nesting);
+        check::<f32>(&device, 32, 33, 64, 64, nesting);
+        check::<f16>(&device, 8, 33, 65, 64, nesting);
+        check::<bf16>(&device, 4, 33, 32, 32, nesting);
+    }
+}
+
+/// `skinny` multiplies with rounded codebook values, and scales the sum in f32: two roundings, both known.
+#[test]
+fn skinny_rounds_as_it_says() {
+    fn check<T: Element>(device: &Device) {
+        let (n, k) = (40, 192);
+        for tokens in [8, 16] {
+            let mut problem = Problem::<T>::nf4(tokens, n, k, 64);
+            problem.x.fill(T::from_f32(0.0));
+            (0..tokens).for_each(|i| problem.x[i * k + 11 * i] = T::from_f32(1.0));
+            let outcome = problem.run(device);
+            assert_eq!(
+                (outcome.plan.rounding, outcome.plan.kernel.unwrap().module),
+                (Rounding::Value, "skinny")
+            );
+            let Weight::Nf4(nf4) = &problem.weight else { unreachable!() };
+            for i in 0..tokens {
+                for n_ in 0..n {
+                    let at = n_ * k + 11 * i;
+                    let code = nf4.packed()[at / 2] >> (4 * (1 - at % 2)) & 15;
+                    let value = T::from_f32(nf4.codebook().values()[usize::from(code)]).to_f32();
+                    let wanted = T::from_f32(value * nf4.absmax().get(at / 64));
+                    assert_eq!(outcome.y[i * n + n_], wanted, "column {}, row {n_}", 11 * i);
+                }
+            }
+        }
+    }
+    let device = Device::best();
+    check::<f16>(&device);
+    check::<bf16>(&device);
+}
+
+/// The same bits twice, and for a token the same bits whatever the others are: not numbers, other adapters, or not there.
+#[test]
+fn a_token_depends_on_itself_alone() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, n, k) in [(5, 33, 128), (5, 33, 70), (13, 40, 64), (29, 65, 96), (70, 40, 65)] {
+            let problem = Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[4, 9]).with_bias_and_scale();
+            let outcome = problem.run(device);
+            assert!(same(&outcome.y, &problem.run(device).y), "{:?}: another run, other bits", outcome.plan);
+            for kept in [0, tokens / 2, tokens - 1] {
+                let mut other = problem.clone();
+                let mut numbers = Numbers::new(9);
+                for token in (0..tokens).filter(|&token| token != kept) {
+                    other.index.as_mut().unwrap()[token] = numbers.below(4) as i32 - 1;
+                    for x in &mut other.x[token * k..(token + 1) * k] {
+                        *x = T::from_f32([f32::NAN, f32::INFINITY, 1e30, 0.0][numbers.below(4)]);
+                    }
+                }
+                let y = other.run(device).y;
+                let row = kept * n..(kept + 1) * n;
+                assert!(same(&outcome.y[row.clone()], &y[row]), "{:?}: token {kept}", outcome.plan);
+            }
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+/// From 1 to 16 tokens `skinny`, and from 1 to 8 `matvec`, give a token the same bits.
+#[test]
+fn decoding_does_not_depend_on_the_batch() {
+    fn check<T: Element>(device: &Device, k: usize, most: usize) {
+        let all = Problem::<T>::nf4(most, 70, k, 64).with_adapters(&[16, 2]);
+        let y = all.run(device).y;
+        for tokens in 1..most {
+            let mut some = all.clone();
+            some.tokens = tokens;
+            some.x.truncate(tokens * k);
+            some.index.as_mut().unwrap().truncate(tokens);
+            let outcome = some.run(device);
+            assert!(same(&outcome.y, &y[..tokens * 70]), "{:?}", outcome.plan);
+        }
+    }
+    let device = Device::best();
+    check::<bf16>(&device, 1088, 16);
+    check::<f16>(&device, 1030, 8);
+    check::<f32>(&device, 1030, 8);
+}
+
+#[test]
+fn split_sums_are_finished() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, n, k) in
+            [(1, 33, 4096), (1, 5, 4001), (6, 40, 4096), (12, 40, 2048), (20, 40, 2048), (17, 33, 1111)]
+        {
+            let problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale().with_adapters(&[3, 20]);
+            let outcome = problem.run_and_check(device);
+            assert!(outcome.plan.splits > 1 && outcome.plan.finish.is_some(), "{:?}", outcome.plan);
+            assert_eq!(outcome.plan.workspace_bytes, outcome.plan.splits * tokens * n * 4);
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+#[test]
+fn nothing_to_do() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, n) in [(0, 5), (5, 0), (0, 0)] {
+            let outcome = Problem::<T>::nf4(tokens, n, 64, 64).run(device);
+            assert!(outcome.plan.kernel.is_none() && outcome.y.is_empty());
+        }
+        // A sum of nothing is zero: y is the bias.
+        for tokens in [1, 7, 20] {
+            let nf4 = Problem::<T>::nf4(tokens, 9, 0, 64).with_bias_and_scale();
+            let dense = Problem::<T>::dense(tokens, 9, 0).with_bias_and_scale();
+            for problem in [nf4, dense] {
+                let outcome = problem.run(device);
+                let bias = problem.bias.as_ref().unwrap();
+                assert!(outcome.y.chunks(9).all(|row| same(row, bias)), "{:?}", outcome.plan);
+            }
+        }
+        // Adapters of rank 0 add nothing.
+        for tokens in [3, 20] {
+            let plain = Problem::<T>::nf4(tokens, 33, 64, 64);
+            let empty = plain.clone().with_adapters(&[0, 0]);
+            assert!(same(&plain.run(device).y, &empty.run(device).y));
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+#[test]
+fn a_wrong_adapter_makes_its_token_nan_and_no_other() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, k) in [(4, 128), (4, 70), (20, 96), (20, 33)] {
+            let right = Problem::<T>::nf4(tokens, 40, k, 64).with_adapters(&[4, 12]);
+            let mut wrong = right.clone();
+            for (token, adapter) in [(0, 2), (2, -2), (3, i32::MAX)] {
+                wrong.index.as_mut().unwrap()[token] = adapter;
+            }
+            let (right, wrong) = (right.run(device), wrong.run(device));
+            for (token, (right, wrong)) in right.y.chunks(40).zip(wrong.y.chunks(40)).enumerate() {
+                if [0, 2, 3].contains(&token) {
+                    assert!(wrong.iter().all(|y| y.to_f32().is_nan()), "token {token}");
+                } else {
+                    assert!(same(right, wrong), "token {token}");
+                }
+            }
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+/// A block whose absmax is NaN makes the outputs of its rows NaN, and no others.
+#[test]
+fn nan_blocks_do_not_leak() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, k) in [(2, 128), (2, 100), (20, 96), (20, 50)] {
+            let n = 35;
+            let mut problem = Problem::<T>::nf4(tokens, n, k, 64);
+            let Weight::Nf4(nf4) = &problem.weight else { unreachable!() };
+            let Absmax::Plain(mut absmax) = nf4.absmax().clone() else { unreachable!() };
+            absmax[7] = f32::NAN;
+            let rows = 7 * 64 / k..=(7 * 64 + 63) / k;
+            let nf4 = Nf4Matrix::from_parts(
+                [n, k],
+                nf4.packed().to_vec(),
+                Absmax::Plain(absmax),
+                64,
+                Codebook::nf4(),
+                DType::F32,
+            );
+            problem.weight = Weight::Nf4(nf4.unwrap());
+            let outcome = problem.run(device);
+            for (i, y) in outcome.y.iter().enumerate() {
+                assert_eq!(y.to_f32().is_nan(), rows.contains(&(i % n)), "{:?}: row {}", outcome.plan, i % n);
+            }
+        }
+    }
+    let device = Device::best();
+    each_type!(check(&device));
+}
+
+fn problem_of<T: Element, A: Element>(x: &[f32], n: usize, k: usize, weight: Weight<T>) -> Problem<T, A> {
+    let x: Vec<T> = x.iter().map(|&v| T::from_f32(v)).collect();
+    let tokens = x.len() / k;
+    Problem { tokens, n, k, x, weight, bias: None, row_scale: None, adapters: None, index: None }
+}
+
+fn adapter_of<A: Element>(a: Vec<f32>, b: Vec<f32>, rank: usize, scaling: f64) -> Adapter<A> {
+    let round = |v: Vec<f32>| v.into_iter().map(A::from_f32).collect();
+    Adapter { lora_a: round(a), lora_b: round(b), rank, scaling: scaling as f32 }
+}
+
+/// Compares y with somebody else's f64. `spare` is what our own inputs are off by, as a share of the magnitudes.
+fn compare<T: Element, A: Element>(problem: &Problem<T, A>, device: &Device, theirs: &[f64], spare: f64) {
+    let outcome = problem.run_and_check(device);
+    let truth = problem.truth(outcome.plan.rounding);
+    assert_eq!(theirs.len(), outcome.y.len());
+    for ((y, truth), theirs) in outcome.y.iter().zip(&truth).zip(theirs) {
+        let bound = problem.bound(&outcome.plan, truth) + spare * truth.magnitude;
+        assert!((y.to_f64() - theirs).abs() <= bound, "{y:?}, wanted {theirs} +- {bound:e}");
+    }
+}
+
+/// A 4-bit base with LoRA, rsLoRA or DoRA, as PEFT and bitsandbytes compute it.
+#[test]
+fn qlora_fixtures() {
+    let device = Device::best();
+    for name in ["nodq_bs64_f32", "dq_bs64_bf16", "dora_bs64_f32"] {
+        let file = Fixture::open(&format!("qlora/{name}"));
+        let (n, k, blocksize) = (size(&file.json, "N"), size(&file.json, "K"), size(&file.json, "blocksize"));
+        let absmax = if file.has("base.qabsmax") {
+            let nested = NestedAbsmax::from_parts(
+                file.get("base.qabsmax"),
+                file.get("base.nested_absmax"),
+                DYNAMIC_MAP,
+                file.get::<f32>("base.offset")[0],
+                256,
+            );
+            Absmax::Nested(nested.unwrap())
+        } else {
+            Absmax::Plain(file.get("base.absmax"))
+        };
+        let nf4 = Nf4Matrix::from_parts(
+            [n, k],
+            file.get("base.packed"),
+            absmax,
+            blocksize,
+            Codebook::nf4(),
+            DType::F32,
+        )
+        .unwrap();
+        let rank = size(&file.json["lora"], "r");
+        let scaling = file.json["scaling"].as_f64().unwrap();
+        let adapter = adapter_of::<f32>(file.get("lora_A"), file.get("lora_B"), rank, scaling);
+        let row_scale = file.has("magnitude").then(|| {
+            let (weight, magnitude) = (nf4.dequantize::<f32>(), file.get::<f32>("magnitude"));
+            let row_scale = |row: usize| {
+                let norm = (0..k).map(|i| {
+                    let terms = (0..rank).map(|r| {
+                        f64::from(adapter.lora_b[row * rank + r]) * f64::from(adapter.lora_a[r * k + i])
+                    });
+                    (f64::from(weight[row * k + i]) + scaling * terms.sum::<f64>()).powi(2)
+                });
+                (f64::from(magnitude[row]) / norm.sum::<f64>().sqrt()) as f32
+            };
+            (0..n).map(row_scale).collect::<Vec<_>>()
+        });
+        for tokens in [1, 2, 3, 7, 16, 33] {
+            let x = file.get::<f32>(&format!("T{tokens}.x"));
+            let bias = file.has("bias").then(|| file.get::<f32>("bias"));
+            let mut problem = problem_of::<f32, f32>(&x, n, k, Weight::Nf4(nf4.clone()));
+            (problem.bias, problem.row_scale) = (bias.clone(), row_scale.clone());
+            problem.adapters = Some(vec![adapter.clone()]);
+            // row_scale is rounded to f32 here.
+            compare(&problem, &device, &file.get(&format!("T{tokens}.y_f64")), (-24f64).exp2());
+
+            let mut problem = problem_of::<bf16, f32>(&x, n, k, Weight::Nf4(nf4.clone()));
+            problem.bias = bias.map(|bias| bias.into_iter().map(bf16::from_f32).collect());
+            problem.row_scale = row_scale.clone();
+            problem.adapters = Some(vec![adapter.clone()]);
+            problem.run_and_check(&device);
+        }
+    }
+}
+
+/// A batch in which every token has its own adapter, as PEFT computes it.
+#[test]
+fn multi_adapter_fixtures() {
+    let device = Device::best();
+    for name in ["mix", "single_token", "unsorted_big"] {
+        let file = Fixture::open(&format!("multi_adapter/{name}"));
+        let (n, k) = (size(&file.json, "N"), size(&file.json, "K"));
+        let (x, weight) = (file.get::<f32>("x"), file.get::<f32>("weight"));
+        let adapters = file.json["adapters"].as_array().unwrap().iter().map(|adapter| {
+            let (id, scaling) = (size(adapter, "id"), adapter["scaling"].as_f64().unwrap());
+            let (a, b) = (file.get(&format!("ad{id}.lora_A")), file.get(&format!("ad{id}.lora_B")));
+            (a, b, size(adapter, "r"), scaling)
+        });
+        let adapters: Vec<(Vec<f32>, Vec<f32>, usize, f64)> = adapters.collect();
+        let full =
+            adapters.iter().map(|(a, b, r, s)| adapter_of(a.clone(), b.clone(), *r, *s)).collect::<Vec<_>>();
+        let half =
+            adapters.iter().map(|(a, b, r, s)| adapter_of(a.clone(), b.clone(), *r, *s)).collect::<Vec<_>>();
+        for pattern in file.json["patterns"].as_array().unwrap() {
+            let pattern = pattern.as_str().unwrap();
+            let mut problem = problem_of::<f32, f32>(&x, n, k, Weight::Dense(weight.clone()));
+            problem.adapters = Some(full.clone());
+            problem.index = Some(file.get(&format!("{pattern}.adapter_idx")));
+            // Their scaling is f64.
+            let spare = (-24f64).exp2();
+            compare(&problem, &device, &file.get(&format!("{pattern}.y_f64")), spare);
+
+            let rounded = weight.iter().map(|&w| bf16::from_f32(w)).collect();
+            let mut rounded = problem_of::<bf16, bf16>(&x, n, k, Weight::Dense(rounded));
+            (rounded.adapters, rounded.index) = (Some(half.clone()), problem.index.clone());
+            let truth = file.get::<f32>(&format!("{pattern}.y_bf16_truth"));
+            compare(&rounded, &device, &truth.into_iter().map(f64::from).collect::<Vec<_>>(), 2.0 * spare);
+
+            let over_nf4 = format!("{pattern}.nf4.y_f64");
+            if file.has(&over_nf4) {
+                let absmax = Absmax::Plain(file.get("nf4.absmax"));
+                let packed = file.get("nf4.packed");
+                let nf4 = Nf4Matrix::from_parts([n, k], packed, absmax, 64, Codebook::nf4(), DType::F32);
+                problem.weight = Weight::Nf4(nf4.unwrap());
+                compare(&problem, &device, &file.get(&over_nf4), spare);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let device = Device::best();
+    let properties = device.queue().properties();
+    let shape = Problem::<bf16>::nf4(3, 8, 64, 64).shape();
+    let refused = |shape: &matmul::Shape, argument: &str| match matmul::plan(shape, properties) {
+        Err(Error::Argument { argument: named, .. }) => assert_eq!(named, argument),
+        other => panic!("{other:?}"),
+    };
+    refused(&matmul::Shape { tokens: 1 << 31, ..shape }, "tokens");
+    refused(&matmul::Shape { n: usize::MAX, ..shape }, "n");
+    refused(&matmul::Shape { k: 1 << 31, ..shape }, "k");
+    refused(&matmul::Shape { tokens: 1 << 30, n: 1 << 30, ..shape }, "tokens * n");
+    for blocksize in [0, 16, 48, 8192] {
+        refused(&matmul::Shape { weight: WeightFormat::Nf4 { blocksize }, ..shape }, "weight.blocksize");
+    }
+
+    let elsewhere = Device::emulator();
+    let (plan, queue) = (matmul::plan(&shape, properties).unwrap(), device.queue());
+    let (x, foreign) = (device.upload(&[bf16::ONE; 200]), elsewhere.upload(&[bf16::ONE; 200]));
+    let nf4 = DeviceWeight::new(&device, &Problem::<bf16>::nf4(3, 8, 64, 64).weight);
+    let other = DeviceWeight::new(&device, &Problem::<bf16>::nf4(3, 8, 64, 32).weight);
+    let small = DeviceWeight::new(&device, &Problem::<bf16>::nf4(3, 7, 64, 64).weight);
+    let dense = DeviceWeight::new(&device, &Problem::<bf16>::dense(3, 8, 64).weight);
+    let (floats, eight) = (device.upload(&[1.0f32; 16]), device.upload(&[bf16::ONE; 9]));
+    let (mut y, mut workspace) = (device.alloc::<bf16>(30), device.alloc::<u8>(4096));
+    let mut run =
+        |plan: &matmul::Plan, x, weight: &DeviceWeight<bf16>, extras, y_at: Range<usize>, argument: &str| {
+            match plan.run::<bf16, bf16>(
+                queue,
+                x,
+                &weight.view(),
+                &extras,
+                y.slice_mut(y_at),
+                workspace.view_mut(),
+            ) {
+                Err(Error::Argument { argument: named, .. }) => assert_eq!(named, argument),
+                other => panic!("{argument}: {other:?}"),
+            }
+        };
+    let (good, none) = (x.slice(..192), Extras::default);
+    run(&plan, x.slice(..191), &nf4, none(), 0..24, "x");
+    run(&plan, x.slice(1..193), &nf4, none(), 0..24, "x");
+    run(&plan, foreign.slice(..192), &nf4, none(), 0..24, "x");
+    run(&plan, good, &nf4, none(), 0..23, "y");
+    run(&plan, good, &nf4, none(), 1..25, "y");
+    run(&plan, good, &dense, none(), 0..24, "weight");
+    run(&plan, good, &other, none(), 0..24, "weight.blocksize");
+    run(&plan, good, &small, none(), 0..24, "weight.packed");
+    run(&plan, good, &nf4, Extras { bias: Some(eight.view()), ..none() }, 0..24, "bias");
+    run(&plan, good, &nf4, Extras { row_scale: Some(floats.slice(..7)), ..none() }, 0..24, "row_scale");
+    let dense_plan =
+        matmul::plan(&matmul::Shape { weight: WeightFormat::Dense, ..shape }, properties).unwrap();
+    run(&dense_plan, good, &nf4, none(), 0..24, "weight");
+    let f16_plan = matmul::plan(&matmul::Shape { dtype: DType::F16, ..shape }, properties).unwrap();
+    run(&f16_plan, good, &nf4, none(), 0..24, "x");
+
+    let factors = Problem::<bf16>::dense(3, 8, 64).with_adapters(&[4]).adapters.unwrap();
+    let (right, wrong) = (Factors::new(&device, &factors), factors[0].lora_a.len());
+    assert_eq!(wrong, 256);
+    let mut entries = device.alloc(AdapterTable::<bf16>::bytes(1));
+    let table = right.table(&device, 64, 8, &mut entries).unwrap();
+    let (v, index) = (device.upload(&[0.0f32; 16]), device.upload(&[0, 0, 0, 0]));
+    let branch = |v, index| Extras { low_rank: Some(LowRank { adapters: &table, index, v }), ..none() };
+    run(&plan, good, &nf4, branch(v.slice(..11), None), 0..24, "v");
+    run(&plan, good, &nf4, branch(v.slice(1..13), None), 0..24, "v");
+    run(&plan, good, &nf4, branch(v.slice(..12), Some(index.view())), 0..24, "adapter_index");
+
+    // A plan with splits wants its workspace.
+    let big = Problem::<bf16>::nf4(1, 8, 4096, 64);
+    let plan = big.plan(&device);
+    assert!(plan.workspace_bytes > 0);
+    let (x, weight) = (device.upload(&big.x), DeviceWeight::new(&device, &big.weight));
+    let (mut y, mut workspace) = (device.alloc(8), device.alloc::<u8>(plan.workspace_bytes));
+    let workspace = workspace.slice_mut(1..);
+    let result =
+        plan.run::<bf16, bf16>(queue, x.view(), &weight.view(), &Extras::default(), y.view_mut(), workspace);
+    assert!(matches!(result, Err(Error::Argument { argument, .. }) if argument == "workspace"));
+}
