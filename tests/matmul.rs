@@ -363,7 +363,7 @@ fn qlora_fixtures() {
             let nested = NestedAbsmax::from_parts(
                 file.get("base.qabsmax"),
                 file.get("base.nested_absmax"),
-                DYNAMIC_MAP,
+                DYNAMIC_MAP.into(),
                 file.get::<f32>("base.offset")[0],
                 256,
             );

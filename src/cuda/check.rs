@@ -24,3 +24,17 @@ pub(super) fn find(table: &[Kernel], entry: &str) -> Kernel {
     let found = table.iter().find(|kernel| kernel.entry == entry);
     *found.unwrap_or_else(|| panic!("{entry} is not in its module's table of kernels"))
 }
+
+/// Lets a plan be read as its details. It cannot be changed: the launch relies on it.
+macro_rules! read_only {
+    ($plan:ident, $details:ident) => {
+        impl std::ops::Deref for $plan {
+            type Target = $details;
+
+            fn deref(&self) -> &$details {
+                &self.0
+            }
+        }
+    };
+}
+pub(super) use read_only;

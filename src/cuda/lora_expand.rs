@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::{LowRankParams, check_adapter_dtype};
-use super::check::{blocks, dimension, find};
+use super::check::{blocks, dimension, find, read_only};
 use super::{Kernel, Launch, LowRank, Properties, Queue, ViewMut};
 use crate::{DType, Element, Error, Result};
 
@@ -34,9 +34,15 @@ pub struct Shape {
     pub adapter_dtype: DType,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run: blocks of 8 tokens by 64 outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernel; none where y has no elements.
@@ -65,11 +71,11 @@ pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     check_adapter_dtype(shape.adapter_dtype, shape.dtype)?;
     let tiles = shape.tokens.div_ceil(TOKENS) as u64 * shape.n.div_ceil(ROWS) as u64;
     let entry = format!("lora_expand_{}", shape.dtype);
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         grid: [blocks("tokens * n", tiles)?, 1, 1],
-    })
+    }))
 }
 
 impl Plan {

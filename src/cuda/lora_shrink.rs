@@ -8,7 +8,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::{Adapters, MAX_RANK, check_adapter_dtype, v_columns};
-use super::check::{blocks, dimension, find};
+use super::check::{blocks, dimension, find, read_only};
 use super::{AdapterTable, Kernel, Launch, Properties, Queue, View, ViewMut};
 use crate::{DType, Element, Error, Result};
 
@@ -54,9 +54,15 @@ pub struct Tile {
     pub ranks: u32,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernel; none where v has no elements.
@@ -101,13 +107,13 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     let tile = TILES[usize::from(large)];
     let [x, y] = grid(tile);
     let entry = format!("lora_shrink_{}_{}_t{}", shape.dtype, shape.adapter_dtype, tile.tokens);
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         kernel: (x > 0 && y > 0).then(|| find(KERNELS, &entry)),
         tile,
         grid: [blocks("tokens", x as u64)?, y as u32, 1],
         vectors: shape.k.is_multiple_of(16 / shape.dtype.size()),
-    })
+    }))
 }
 
 impl Plan {

@@ -20,7 +20,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::LowRankParams;
-use super::check::{blocks, dimension, find};
+use super::check::{blocks, dimension, find, read_only};
 use super::nf4::{Absmax, Values};
 use super::{Kernel, Launch, LowRank, Nf4View, Properties, Queue, View, ViewMut};
 use crate::nf4::check_blocksize;
@@ -158,9 +158,15 @@ pub enum Rounding {
     Value,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernel; none where y has no elements.
@@ -282,7 +288,7 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
     let ragged = if vectors { "" } else { "_ragged" };
     let entry = format!("{name}_{kind}_{dtype}_t{}{ragged}", tile.tokens);
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         finish: (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
@@ -294,7 +300,7 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         rounding,
         vectors,
         workspace_bytes: if splits > 1 { splits * tokens * n * size_of::<f32>() } else { 0 },
-    })
+    }))
 }
 
 /// What the kernels have to say to a plan.
