@@ -269,10 +269,10 @@ pub(crate) fn load_shared<const S: usize>(
     for lane in lanes(mask) {
         let offset = at[lane] as usize;
         if !op.strong {
-            shared.note_read(clocks, offset, S, op.used, Who { warp, lane })?;
+            shared.note_read::<S>(clocks, offset, op.used, Who { warp, lane })?;
         } else if !shared.inside(offset, S) {
             // Reports where it is wrong.
-            shared.note_read(clocks, offset, S, op.used, Who { warp, lane })?;
+            shared.note_read::<S>(clocks, offset, op.used, Who { warp, lane })?;
         }
         out[lane] = shared.get(offset);
     }
@@ -292,7 +292,7 @@ pub(crate) fn store_shared<const S: usize>(
     check_aligned(at, mask, S)?;
     for lane in lanes(mask) {
         let offset = at[lane] as usize;
-        shared.note_write(clocks, offset, S, op.strong, Who { warp, lane })?;
+        shared.note_write::<S>(clocks, offset, op.strong, Who { warp, lane })?;
         shared.set(offset, data[lane]);
     }
     Ok(())

@@ -40,7 +40,11 @@ impl Machine<'_> {
             let at = dst[lane] as usize;
             let me = Who { warp: warp.id, lane };
             let shared = &mut self.shared[warp.block];
-            shared.note_write(&self.clocks, at, size, false, me)?;
+            match size {
+                4 => shared.note_write::<4>(&self.clocks, at, false, me)?,
+                8 => shared.note_write::<8>(&self.clocks, at, false, me)?,
+                _ => shared.note_write::<16>(&self.clocks, at, false, me)?,
+            }
             shared.set_state(at, size, state::ARRIVING);
             warp.copies.push(Copy {
                 lane: lane as u8,

@@ -58,7 +58,6 @@ pub(crate) struct Machine<'a> {
     /// Index of the cluster's first block in the grid, by rank.
     pub(super) blocks: Vec<[u32; 3]>,
     pub(super) warps_per_block: usize,
-    tracked: bool,
     /// The instruction that runs, for faults.
     pub(super) pc: usize,
 }
@@ -96,7 +95,6 @@ impl<'a> Machine<'a> {
             warps: (0..per_cluster * warps_per_block).map(|_| Warp::default()).collect(),
             blocks: vec![[0; 3]; per_cluster],
             warps_per_block,
-            tracked: kernel.code.iter().any(|i| i.flags & TRACK != 0),
             pc: 0,
         };
         machine.prepare();
@@ -167,10 +165,10 @@ impl<'a> Machine<'a> {
                 }
             }
             warp.regs.pred[0] = !0;
-            if self.tracked {
+            if !kernel.suspects.is_empty() {
                 warp.init.clear();
                 warp.init.resize(kernel.preds + kernel.rows32 + kernel.rows64, !0);
-                kernel.suspects.iter().for_each(|&register| warp.init[register] = 0);
+                kernel.suspects.iter().for_each(|&i| warp.init[i] = 0);
             }
         }
         self.stats.blocks += per_cluster as u64;

@@ -136,13 +136,21 @@ impl Shared {
 
     /// Checks a read of `n` bytes (a multiple of 4 of them at multiples of 4, or fewer inside 4) and notes it.
     #[inline(always)]
-    pub(crate) fn note_read(&mut self, clocks: &Clocks, at: usize, n: usize, used: u64, me: Who) -> Run<()> {
-        let valid = match self.state.get(at..at + n) {
-            Some(s) if used == !0 => s.iter().all(|&s| s == state::VALID),
-            Some(s) => s
-                .iter()
-                .enumerate()
-                .all(|(i, &s)| used >> i & 1 == 0 && s != state::OUTSIDE || s == state::VALID),
+    pub(crate) fn note_read<const N: usize>(
+        &mut self,
+        clocks: &Clocks,
+        at: usize,
+        used: u64,
+        me: Who,
+    ) -> Run<()> {
+        let n = N;
+        let valid = match self.state.get(at..at + N) {
+            Some(s) if s == [state::VALID; N] => true,
+            Some(s) => {
+                let fine =
+                    |(i, &s): (usize, &u8)| s == state::VALID || used >> i & 1 == 0 && s != state::OUTSIDE;
+                used != !0 && s.iter().enumerate().all(fine)
+            }
             None => false,
         };
         if !valid {
@@ -187,18 +195,17 @@ impl Shared {
 
     /// Checks a write of `n` bytes and notes it.
     #[inline(always)]
-    pub(crate) fn note_write(
+    pub(crate) fn note_write<const N: usize>(
         &mut self,
         clocks: &Clocks,
         at: usize,
-        n: usize,
         atomic: bool,
         me: Who,
     ) -> Run<()> {
-        let open = self
-            .state
-            .get(at..at + n)
-            .is_some_and(|s| s.iter().all(|&s| s == state::VALID || s == state::UNWRITTEN));
+        let n = N;
+        let open = self.state.get(at..at + N).is_some_and(|s| {
+            s == [state::VALID; N] || s.iter().all(|&s| s == state::VALID || s == state::UNWRITTEN)
+        });
         if !open {
             return Err(self.state_trouble(at, n, true, me));
         }

@@ -67,6 +67,5 @@ pub(crate) fn tainted(kernel: &Kernel, warp: &Warp, regs: &[Option<Reg>]) -> u32
     if warp.init.is_empty() {
         return 0;
     }
-    let _ = kernel;
     regs.iter().flatten().fold(0, |all, &r| all | !warp.init[number(kernel, r)])
 }

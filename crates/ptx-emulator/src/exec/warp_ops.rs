@@ -65,7 +65,12 @@ impl Machine<'_> {
                 }
                 self.run_together(warp, inst, m)?;
             }
-            Op::Bar(bar) => return self.barrier(warp, at, bar, m),
+            Op::Bar(bar) => {
+                if bar.aligned && Self::wait_for_leavers(warp, at, m) {
+                    return Ok(Flow::Again);
+                }
+                return self.barrier(warp, at, bar, m);
+            }
             Op::CpAsync(op) => self.issue_copy(warp, op, m)?,
             Op::CpCommit => lanes(m).for_each(|l| warp.groups[l] += 1),
             Op::CpWait(n) => self.wait_copies(warp, *n, m)?,
@@ -102,6 +107,16 @@ impl Machine<'_> {
         Ok(Flow::Again)
     }
 
+    /// Whether an instruction for the whole warp must wait, because lanes that are elsewhere may still leave.
+    pub(super) fn wait_for_leavers(warp: &mut Warp, at: usize, m: u32) -> bool {
+        let wait =
+            m != warp.live && m != 0 && warp.splits.iter().filter(|s| s.wait == Wait::Ready).count() > 1;
+        if wait {
+            warp.splits[at].wait = Wait::Lanes;
+        }
+        wait
+    }
+
     /// Instructions that all lanes of the warp must execute at once.
     pub(super) fn whole_warp(&self, warp: &Warp, m: u32) -> Run<()> {
         if m == u32::MAX {
@@ -112,21 +127,21 @@ impl Machine<'_> {
         Err(Trouble::new(FaultKind::Divergence, message))
     }
 
-    fn members_row(op: &Op) -> Row {
-        match op {
+    fn members_row(op: &Op) -> Option<Row> {
+        Some(match op {
             Op::Shfl(s) => s.members,
             Op::Vote { members, .. }
             | Op::Match { members, .. }
             | Op::Redux { members, .. }
             | Op::Elect { members, .. }
             | Op::SyncWarp { members } => *members,
-            _ => 0,
-        }
+            _ => return None,
+        })
     }
 
     /// Whether all lanes that the members' masks name are among `m`.
     fn together(&self, warp: &Warp, inst: &Inst, m: u32) -> Run<bool> {
-        let row = &warp.regs.r32[Self::members_row(&inst.op) as usize];
+        let row = &warp.regs.r32[Self::members_row(&inst.op).unwrap_or_default() as usize];
         let mut wanted = 0;
         for lane in lanes(m) {
             if row[lane] >> lane & 1 == 0 {
@@ -148,6 +163,11 @@ impl Machine<'_> {
             (0..warp.splits.len()).filter(|&i| warp.splits[i].wait == Wait::Lanes).collect();
         for &first in &waiting {
             let pc = warp.splits[first].pc as usize;
+            if Self::members_row(&code[pc].op).is_none() {
+                // For the whole warp: nobody else can leave any more, so this is its turn.
+                warp.splits[first].wait = Wait::Ready;
+                return Ok(true);
+            }
             let sync = matches!(code[pc].op, Op::SyncWarp { .. });
             let group: Vec<usize> = waiting
                 .iter()
@@ -225,7 +245,7 @@ impl Machine<'_> {
             let mut rows = [[0u8; 16]; 8];
             for (r, bytes) in rows.iter_mut().enumerate() {
                 let (lane, offset) = (8 * i + r, at[8 * i + r] as usize);
-                shared.note_read(&self.clocks, offset, 16, !0, Who { warp: warp.id, lane })?;
+                shared.note_read::<16>(&self.clocks, offset, !0, Who { warp: warp.id, lane })?;
                 *bytes = shared.get(offset);
             }
             let element =
@@ -258,7 +278,7 @@ impl Machine<'_> {
             }
             for (r, bytes) in rows.iter().enumerate() {
                 let (lane, offset) = (8 * i + r, at[8 * i + r] as usize);
-                shared.note_write(&self.clocks, offset, 16, false, Who { warp: warp.id, lane })?;
+                shared.note_write::<16>(&self.clocks, offset, false, Who { warp: warp.id, lane })?;
                 shared.set(offset, *bytes);
             }
         }

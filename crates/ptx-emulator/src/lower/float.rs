@@ -97,14 +97,15 @@ fn approximation(op: &str) -> Option<AluFn> {
 /// Ordered comparisons are false with a NaN, the `u` forms true.
 macro_rules! float_comparison {
     ($op:expr, $t:ty, |$v:ident| $key:expr) => {{
+    #[rustfmt::skip]
         macro_rules! on {
-                        (|$pa:ident, $pb:ident| $e:expr) => {
-                            test!($t; |a, b| {
-                                let ($pa, $pb) = ({ let $v = a; $key }, { let $v = b; $key });
-                                $e
-                            })
-                        };
-                    }
+            (|$pa:ident, $pb:ident| $e:expr) => {
+                test!($t; |a, b| {
+                    let ($pa, $pb) = ({ let $v = a; $key }, { let $v = b; $key });
+                    $e
+                })
+            };
+            }
         #[allow(clippy::neg_cmp_op_on_partial_ord, clippy::nonminimal_bool)]
         let found: Option<AluFn> = Some(match $op {
             "eq" => on!(|a, b| a == b),

@@ -177,6 +177,11 @@ pub(super) fn analyse(kernel: &mut Kernel) -> u32 {
         let last = graph.ends[block] - 1;
         if matches!(kernel.code[last].op, Op::Branch { .. } | Op::Switch { .. }) {
             let meet = parent.filter(|&p| p < graph.exit()).map(|p| graph.starts[p]);
+            // Lanes that only have to leave need not wait for the others.
+            let meet = meet.filter(|&pc| {
+                let inst = &kernel.code[pc];
+                !(matches!(inst.op, Op::Exit) && inst.guard == ALWAYS)
+            });
             kernel.reconverge[last] = meet.map_or(NEVER, |pc| pc as u32);
             if let Some(pc) = meet
                 && graph.successors[block].len() > 1

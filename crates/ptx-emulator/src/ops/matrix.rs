@@ -85,10 +85,26 @@ fn products(a: &[[f64; K]; M], b: &[[f64; N]; K], k: usize, sums: &mut Sums) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn products_wide(a: &[[f64; K]; M], b: &[[f64; N]; K], k: usize, sums: &mut Sums) {
-    products(a, b, k, sums)
+/// Hands every element of a fragment to `put(register, lane, element, elements per register, value)`.
+#[inline(always)]
+fn spread(elem: Elem, rows: &[Row], regs: &Regs, mut put: impl FnMut(usize, usize, usize, usize, f64)) {
+    macro_rules! each {
+        ($per:expr, |$word:ident, $i:ident| $value:expr) => {
+            for (r, &row) in rows.iter().enumerate() {
+                for (lane, &$word) in regs.r32[row as usize].iter().enumerate() {
+                    for $i in 0..$per {
+                        put(r, lane, $i, $per, $value);
+                    }
+                }
+            }
+        };
+    }
+    match elem {
+        Elem::Bf16 => each!(2, |w, i| f32::from_bits(if i == 0 { w << 16 } else { w & 0xffff_0000 }) as f64),
+        Elem::F16 => each!(2, |w, i| Half::f32(F16((w >> (16 * i)) as u16)) as f64),
+        Elem::Tf32 => each!(1, |w, _i| Elem::Tf32.value(w)),
+        _ => each!(4, |w, i| elem.value(w >> (8 * i))),
+    }
 }
 
 impl Mma {
@@ -98,32 +114,31 @@ impl Mma {
     }
 
     pub(crate) fn run(&self, regs: &mut Regs) {
-        let mut a = [[0.0; K]; M];
-        let mut b = [[0.0; N]; K];
-        let per = 32 / self.a_type.bits();
-        let part = |word: u32, i: usize| word >> (i * 32 / per);
-        for lane in 0..WARP {
-            let (group, t) = (lane / 4, lane % 4);
-            for (r, &row) in self.a.iter().enumerate() {
-                let word = regs.r32[row as usize][lane];
-                for i in 0..per {
-                    a[group + r % 2 * 8][t * per + i + r / 2 * 4 * per] = self.a_type.value(part(word, i));
-                }
-            }
-            for (r, &row) in self.b.iter().enumerate() {
-                let word = regs.r32[row as usize][lane];
-                for i in 0..per {
-                    b[t * per + i + r * 4 * per][group] = self.b_type.value(part(word, i));
-                }
-            }
-        }
-        let mut sums = self.accumulators(regs);
         #[cfg(target_arch = "x86_64")]
         if wide_cpu() {
             // SAFETY: the CPU has AVX2 and FMA.
-            unsafe { products_wide(&a, &b, self.k, &mut sums) };
-            return self.results(regs, &sums);
+            return unsafe { self.run_wide(regs) };
         }
+        self.run_plain(regs);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn run_wide(&self, regs: &mut Regs) {
+        self.run_plain(regs);
+    }
+
+    #[inline(always)]
+    fn run_plain(&self, regs: &mut Regs) {
+        let mut a = [[0.0; K]; M];
+        let mut b = [[0.0; N]; K];
+        spread(self.a_type, &self.a, regs, |r, lane, i, per, value| {
+            a[lane / 4 + r % 2 * 8][lane % 4 * per + i + r / 2 * 4 * per] = value;
+        });
+        spread(self.b_type, &self.b, regs, |r, lane, i, per, value| {
+            b[lane % 4 * per + i + r * 4 * per][lane / 4] = value;
+        });
+        let mut sums = self.accumulators(regs);
         products(&a, &b, self.k, &mut sums);
         self.results(regs, &sums);
     }
