@@ -92,8 +92,8 @@ fn target_folder(out: &Path) -> PathBuf {
 struct Sources {
     /// File names of `kernels/*.cu` without the extension, sorted.
     modules: Vec<String>,
-    /// Hash of everything in `kernels/include`.
-    headers: String,
+    /// Hash of everything in `kernels/include`, and of this file.
+    common: String,
 }
 
 impl Sources {
@@ -102,16 +102,17 @@ impl Sources {
         let stem = |path: PathBuf| path.file_stem().expect("has an extension").to_string_lossy().into_owned();
         let modules = list(folder)?.into_iter().filter(named).map(stem).collect();
         let mut hash = Sha256::new();
+        hash_file(&mut hash, Path::new("build.rs"))?;
         for header in list(&folder.join("include"))? {
             hash_file(&mut hash, &header)?;
         }
-        Ok(Self { modules, headers: hex(hash) })
+        Ok(Self { modules, common: hex(hash) })
     }
 
     /// What the PTX of one module depends on, apart from nvcc itself.
     fn hash_module(&self, module: &str, target: &Target) -> Result<String> {
         let mut hash = Sha256::new();
-        hash.update(format!("{} {FLAGS:?} {} {:?}\n", self.headers, target.name, target.ptx_version));
+        hash.update(format!("{} {}\n", self.common, target.name));
         hash_file(&mut hash, &Path::new("kernels").join(format!("{module}.cu")))?;
         Ok(hex(hash))
     }
@@ -217,11 +218,15 @@ fn compile_module(
     write(&output, &read(&cached)?)
 }
 
-/// Stamps the PTX version down and cuts the folders off the file names of the line table.
+/// Stamps the PTX version down, drops the one hint that needs a newer version, and cuts the folders off the file names of
+/// the line table.
 fn finish(ptx: &str, target: &Target) -> String {
     let mut text = String::with_capacity(ptx.len());
     for line in ptx.lines() {
         let line = line.trim_end();
+        if line.trim_start().starts_with(".pragma \"used_bytes_mask") {
+            continue;
+        }
         if let Some(version) = line.strip_prefix(".version ") {
             let _ = writeln!(text, ".version {}", lower(version, target.ptx_version));
         } else if let Some((head, path)) = line.strip_suffix('"').and_then(|l| l.split_once(" \"")) {
