@@ -1,0 +1,116 @@
+//! Double quantisation on the device: bit for bit what the CPU reference stores, the offset included.
+
+mod fixtures;
+mod on_device;
+
+use fixtures::{Fixture, text};
+use lora_kernels::cuda::absmax_quantize::{NestedViewMut, plan};
+use lora_kernels::nf4::{DYNAMIC_MAP, block_count, nest};
+use lora_kernels_devices::Device;
+use on_device::{Data, assert_refuses, assert_same_bits, elsewhere};
+
+/// `skip` elements before the absmax and the codes shift their alignment.
+fn same_as_reference(device: &Device, absmax: &[f32], skip: usize) {
+    let what = format!("{} absmax, shifted by {skip}", absmax.len());
+    let wanted = nest(absmax);
+    let plan = plan(absmax.len(), device.queue().properties()).unwrap();
+    let shifted: Vec<f32> = std::iter::repeat_n(1e4, skip).chain(absmax.iter().copied()).collect();
+    let (input, map) = (device.upload(&shifted), device.upload(&DYNAMIC_MAP));
+    let mut workspace = device.alloc::<u8>(plan.workspace_bytes());
+    let (mut q, mut nested) =
+        (device.upload(&vec![99u8; absmax.len() + skip]), device.alloc(wanted.absmax().len()));
+    let mut offset = device.alloc(1);
+    let out = NestedViewMut { q: q.slice_mut(skip..), absmax: nested.view_mut(), offset: offset.view_mut() };
+    plan.run(device.queue(), input.slice(skip..), map.view(), workspace.view_mut(), out).unwrap();
+    assert_same_bits(&offset.download(), &[wanted.offset()], &what);
+    assert_same_bits(&nested.download(), wanted.absmax(), &what);
+    let q = q.download();
+    assert_eq!(&q[skip..], wanted.q(), "{what}");
+    assert!(q[..skip].iter().all(|&q| q == 99), "{what}: what lies before");
+}
+
+fn random(data: &mut Data, count: usize) -> Vec<f32> {
+    data.normal::<f32>(count, 0.02).iter().map(|x| x.abs() + 0.01).collect()
+}
+
+#[test]
+fn any_count_is_quantised_as_on_the_cpu() {
+    let (device, mut data) = (Device::best(), Data(1));
+    for count in [0, 1, 2, 7, 8, 9, 255, 256, 257, 1023, 1025, 2049, 10_000, 65_535, 65_537, 140_001] {
+        same_as_reference(&device, &random(&mut data, count), 0);
+    }
+}
+
+#[test]
+fn views_that_are_not_aligned_are_read_and_written_right() {
+    let (device, mut data) = (Device::best(), Data(2));
+    for skip in 1..4 {
+        same_as_reference(&device, &random(&mut data, 1500), skip);
+    }
+}
+
+/// All equal (nested blocks of zeros), far outliers, denormals, numbers halfway between two values of the map, and NaN.
+#[test]
+fn special_absmax() {
+    let (device, mut data) = (Device::best(), Data(3));
+    same_as_reference(&device, &[0.25; 700], 0);
+    same_as_reference(&device, &[0.0; 300], 0);
+    let mut outlier = random(&mut data, 600);
+    outlier[3] = 3e38;
+    same_as_reference(&device, &outlier, 0);
+    let tiny: Vec<f32> = (0..400).map(|i| f32::from_bits(i * 7)).collect();
+    same_as_reference(&device, &tiny, 0);
+    // Symmetric about zero, so that the mean is zero, and reaching 1, so that nothing is rescaled.
+    let halfway = DYNAMIC_MAP.windows(2).map(|w| (w[0] + w[1]) * 0.5).take(254);
+    let ties: Vec<f32> = halfway.flat_map(|t| [t, -t]).chain([1.0, -1.0]).collect();
+    let interleaved: Vec<f32> = ties.chunks(254).flat_map(|c| [c, &[1.0, -1.0]].concat()).collect();
+    assert_eq!(nest(&interleaved).offset(), 0.0);
+    same_as_reference(&device, &interleaved, 0);
+    let mut nan = random(&mut data, 300);
+    nan[299] = f32::NAN;
+    same_as_reference(&device, &nan, 0);
+}
+
+#[test]
+fn reference_absmax() {
+    let device = Device::best();
+    for name in ["plain", "ragged", "double_quant"] {
+        let file = Fixture::open(&format!("nf4_blockwise/{name}"));
+        for case in file.cases() {
+            same_as_reference(&device, &file.get::<f32>(&format!("{}.absmax", text(case, "name"))), 0);
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_are_named() {
+    let device = Device::best();
+    let count = 600;
+    let plan = plan(count, device.queue().properties()).unwrap();
+    let (absmax, map) = (device.upload(&vec![1.0f32; count]), device.upload(&DYNAMIC_MAP));
+    let mut workspace = device.alloc::<u8>(plan.workspace_bytes() + 4);
+    let (mut q, mut nested, mut offset) =
+        (device.upload(&[7u8; 601]), device.upload(&[7f32; 4]), device.upload(&[7f32; 2]));
+    let bytes = plan.workspace_bytes();
+    let mut run = |absmax, map, work: std::ops::Range<usize>, lengths: [usize; 3]| {
+        let out = NestedViewMut {
+            q: q.slice_mut(..lengths[0]),
+            absmax: nested.slice_mut(..lengths[1]),
+            offset: offset.slice_mut(..lengths[2]),
+        };
+        plan.run(device.queue(), absmax, map, workspace.slice_mut(work), out)
+    };
+    let fits = [count, block_count(count, 256), 1];
+    assert_refuses(run(absmax.slice(1..), map.view(), 0..bytes, fits), "absmax");
+    assert_refuses(run(elsewhere(absmax.view()), map.view(), 0..bytes, fits), "absmax");
+    assert_refuses(run(absmax.view(), map.slice(1..), 0..bytes, fits), "map");
+    assert_refuses(run(absmax.view(), map.view(), 0..bytes - 1, fits), "workspace");
+    assert_refuses(run(absmax.view(), map.view(), 4..bytes + 4, fits), "workspace");
+    assert_refuses(run(absmax.view(), map.view(), 0..bytes, [count + 1, 3, 1]), "q");
+    assert_refuses(run(absmax.view(), map.view(), 0..bytes, [count, 4, 1]), "nested");
+    assert_refuses(run(absmax.view(), map.view(), 0..bytes, [count, 3, 2]), "offset");
+    assert_eq!(
+        (q.download(), nested.download(), offset.download()),
+        (vec![7; 601], vec![7.0; 4], vec![7.0; 2])
+    );
+}
