@@ -118,13 +118,13 @@ __device__ __forceinline__ float delta_at(const Deltas& deltas, uint32_t number,
 extern "C" __global__ void __launch_bounds__(kFlatThreads) nf4_merge_flat(const __grid_constant__ Params p) {
     __shared__ FlatEncoder::Shared maxima;
     CountingSearch::Table none;
-    const uint64_t first = uint64_t(blockIdx.x) * kFlatTile + flat_offset();
+    const FlatEncoder encoder(p.output, p.encoder, maxima, uint64_t(blockIdx.x) * kFlatTile);
     float t[kFlatChunks][8] = {};
 #pragma unroll
     for (uint32_t c = 0; c < kFlatChunks; ++c)
 #pragma unroll 1
         for (uint32_t j = 0; j < 8; ++j) {
-            const uint64_t at = first + c * kFlatChunk + j;
+            const uint64_t at = encoder.position() + c * kFlatChunk + j;
             float x = 0.0f;
             if (at < p.output.numel) {
                 const uint64_t row = at / p.columns, column = at % p.columns;
@@ -137,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(kFlatThreads) nf4_merge_flat(const 
             for (uint32_t k = 0; k < 8; ++k)  // t[c][j] = x, in registers
                 if (k == j) t[c][k] = x;
         }
-    FlatEncoder(p.output, p.encoder, maxima).store(CountingSearch(p.encoder, none), first, t, 0);
+    float largest[kFlatChunks] = {magnitude(t[0]), magnitude(t[1])};
+    encoder.store<false>(CountingSearch(p.encoder, none), t, largest);
 }
 
 #define TO_NF4(SEARCH, NAME)                                                                               \

@@ -16,16 +16,19 @@ template <typename T>
 struct Tile {
     Eight<T> chunk[kFlatChunks];
 
-    __device__ __forceinline__ void load(const Params& p, uint64_t first, bool aligned) {
+    __device__ __forceinline__ void load(const T* x) {
+#pragma unroll
+        for (uint32_t c = 0; c < kFlatChunks; ++c) chunk[c].load(x + c * kFlatChunk);
+    }
+    __device__ __forceinline__ void load_part(const T* x, uint64_t first, uint64_t numel) {
+#pragma unroll
+        for (uint32_t c = 0; c < kFlatChunks; ++c) chunk[c].load_part(x + c * kFlatChunk, flat_count(first + c * kFlatChunk, numel));
+    }
+    __device__ __forceinline__ void widen(float (&x)[kFlatChunks][8], float (&largest)[kFlatChunks]) const {
 #pragma unroll
         for (uint32_t c = 0; c < kFlatChunks; ++c) {
-            const uint64_t at = first + c * kFlatChunk;
-            const T* x = static_cast<const T*>(p.x) + at;
-            const int count = flat_count(at, p.output.numel);
-            if (aligned && count == 8)
-                chunk[c].load(x);
-            else
-                chunk[c].load_part(x, count);
+            chunk[c].widen(x[c]);
+            largest[c] = chunk[c].magnitude();
         }
     }
 };
@@ -34,25 +37,32 @@ template <typename T, typename Search>
 __device__ __forceinline__ void quantize(const Params& p) {
     __shared__ typename Search::Table table;
     __shared__ FlatEncoder::Shared maxima;
-    const bool aligned = aligned16(p.x);
-    const uint64_t step = uint64_t(gridDim.x) * kFlatTile;
+    const uint64_t numel = p.output.numel, step = uint64_t(gridDim.x) * kFlatTile;
+    const uint64_t whole = aligned16(p.x) ? numel / kFlatTile * kFlatTile : 0;  // tiles from here on are read in parts
     uint64_t tile = uint64_t(blockIdx.x) * kFlatTile;
+    FlatEncoder encoder(p.output, p.encoder, maxima, tile);
+    const T* at = static_cast<const T*>(p.x) + encoder.position();
 
     Tile<T> next;
-    next.load(p, tile + flat_offset(), aligned);
+    if (tile < whole) next.load(at);
     const Search search(p.encoder, table);
-    const FlatEncoder encoder(p.output, p.encoder, maxima);
-    for (uint32_t turn = 0; tile < p.output.numel; tile += step, turn ^= 1) {
-        float x[kFlatChunks][8];
-#pragma unroll
-        for (uint32_t c = 0; c < kFlatChunks; ++c) next.chunk[c].widen(x[c]);
-        next.load(p, tile + step + flat_offset(), aligned);
-        encoder.store(search, tile + flat_offset(), x, turn);
+    float x[kFlatChunks][8], largest[kFlatChunks];
+#pragma unroll 1
+    for (; tile < whole; tile += step, at += step, encoder.advance(step)) {
+        next.widen(x, largest);
+        if (tile + step < whole) next.load(at + step);
+        encoder.template store<true>(search, x, largest);
+    }
+#pragma unroll 1
+    for (; tile < numel; tile += step, at += step, encoder.advance(step)) {
+        next.load_part(at, encoder.position(), numel);
+        next.widen(x, largest);
+        encoder.template store<false>(search, x, largest);
     }
 }
 
 #define ENTRY(T, SEARCH, NAME)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(kFlatThreads, sizeof(T) == 4 ? 4 : 5) NAME(const __grid_constant__ Params p) { \
+    extern "C" __global__ void __launch_bounds__(kFlatThreads, 4) NAME(const __grid_constant__ Params p) { \
         quantize<T, SEARCH>(p);                                                                                                    \
     }
 

@@ -46,6 +46,13 @@ __device__ __forceinline__ bf16 from_f32<bf16>(float x) {
     return y;
 }
 
+// The larger, or NaN if either is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
+}
+
 // The two halves of a word as elements: the low half is the element at the lower address.
 template <typename T>
 struct Pair;
@@ -61,6 +68,12 @@ struct Pair<f16> {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
         return word;
     }
+    // The larger of each half, or NaN if either is.
+    static __device__ __forceinline__ uint32_t max_nan(uint32_t x, uint32_t y) {
+        uint32_t larger;
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+        return larger;
+    }
 };
 
 template <>
@@ -73,6 +86,12 @@ struct Pair<bf16> {
         uint32_t word;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
         return word;
+    }
+    // The larger of each half, or NaN if either is.
+    static __device__ __forceinline__ uint32_t max_nan(uint32_t x, uint32_t y) {
+        uint32_t larger;
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+        return larger;
     }
 };
 
@@ -99,6 +118,16 @@ struct Eight {
         raw.y = Pair<T>::pack(x[2], x[3]);
         raw.z = Pair<T>::pack(x[4], x[5]);
         raw.w = Pair<T>::pack(x[6], x[7]);
+    }
+
+    // The largest magnitude; infinity or NaN if an element is.
+    __device__ __forceinline__ float magnitude() const {
+        constexpr uint32_t kMagnitude = 0x7fff7fffu;
+        const uint32_t xy = Pair<T>::max_nan(raw.x & kMagnitude, raw.y & kMagnitude);
+        const uint32_t zw = Pair<T>::max_nan(raw.z & kMagnitude, raw.w & kMagnitude);
+        float low, high;
+        Pair<T>::unpack(Pair<T>::max_nan(xy, zw), low, high);
+        return max_nan(low, high);
     }
 
     // The first `count` of eight, the others zero; `p` is aligned to an element only.
@@ -137,6 +166,11 @@ struct Eight<float> {
     __device__ __forceinline__ void round(const float (&x)[8]) {
         low = make_float4(x[0], x[1], x[2], x[3]);
         high = make_float4(x[4], x[5], x[6], x[7]);
+    }
+    __device__ __forceinline__ float magnitude() const {
+        const float x = max_nan(max_nan(fabsf(low.x), fabsf(low.y)), max_nan(fabsf(low.z), fabsf(low.w)));
+        const float y = max_nan(max_nan(fabsf(high.x), fabsf(high.y)), max_nan(fabsf(high.z), fabsf(high.w)));
+        return max_nan(x, y);
     }
 
     __device__ __forceinline__ void load_part(const float* p, int count) {

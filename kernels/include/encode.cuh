@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dtype.cuh"
+
 // What the search needs of a codebook. Twin: cuda::nf4::Encoder.
 struct Encoder {
     float threshold[15];  // ascending
@@ -15,19 +17,11 @@ struct Encoder {
 };
 static_assert(sizeof(Encoder) == 72, "the Rust twin has this size");
 
-// The larger, or NaN if either is.
-__device__ __forceinline__ float max_nan(float x, float y) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
-    return larger;
-}
-
 // The largest magnitude; infinity or NaN if an element is.
 __device__ __forceinline__ float magnitude(const float (&x)[8]) {
-    float largest = fabsf(x[0]);
-#pragma unroll
-    for (int i = 1; i < 8; ++i) largest = max_nan(largest, fabsf(x[i]));
-    return largest;
+    Eight<float> eight;
+    eight.round(x);
+    return eight.magnitude();
 }
 
 // The largest of `lanes` neighbouring lanes: a power of two, at least 4, the same in the whole warp.
@@ -59,10 +53,10 @@ __device__ __forceinline__ void normalize(float absmax, float (&x)[8]) {
     for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], inverse);
 }
 
-// Ranks by one table load and one comparison, for codebooks in which code = rank and no two thresholds share a bin of 64
+// Ranks by one table load and one comparison, for codebooks in which code = rank and no two thresholds share one of 63 bins
 // over [-1, 1]. The table holds each bin once per bank pair (lane l reads its own), so that a load never conflicts.
 struct BinnedSearch {
-    static constexpr uint32_t kBins = 64;
+    static constexpr uint32_t kBins = 64;  // the last one stays empty
     struct alignas(8) Bin {
         float threshold;  // the one in this bin, or infinity
         uint32_t rank;    // how many lie in bins below
@@ -70,10 +64,9 @@ struct BinnedSearch {
     using Table = Bin[kBins][32];
     uint32_t base;
 
-    // The bin number plus 2^23, as a float whose low bits are the bin. Monotone in x; NaN is in bin 0.
-    static __device__ __forceinline__ float bin(float x) {
-        return __fmaf_rn(__saturatef(__fmaf_rn(x, 0.5f, 0.5f)), float(kBins - 1), 8388608.0f);
-    }
+    // The bin number plus 2^23: a float whose low bits are the number. Monotone in x, and from 0 to 62 for |x| up to an ulp
+    // above 1.
+    static __device__ __forceinline__ float bin(float x) { return __fmaf_rn(x, 31.0f, 8388639.0f); }
 
     // All threads of the block, 256, must come here.
     __device__ __forceinline__ BinnedSearch(const Encoder& encoder, Table& table) {
@@ -98,12 +91,21 @@ struct BinnedSearch {
         uint32_t codes = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            float threshold;
-            uint32_t rank;
             const uint32_t address = __float_as_uint(bin(x[i])) * uint32_t(sizeof(Table) / kBins) + base;
-            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(threshold), "=r"(rank) : "r"(address));
-            if (x[i] > threshold) ++rank;
-            codes += rank << (4 * (i ^ 1));
+            const uint32_t unit = 1u << (4 * (i ^ 1));
+            // codes += unit * (rank + (x > threshold)); a predicated addition, which C++ gives no way to ask for
+            asm volatile(
+                "{\n"
+                ".reg .f32 threshold;\n"
+                ".reg .b32 rank;\n"
+                ".reg .pred above;\n"
+                "ld.shared.v2.b32 {threshold, rank}, [%1];\n"
+                "setp.gt.f32 above, %2, threshold;\n"
+                "mad.lo.u32 %0, rank, %3, %0;\n"
+                "@above add.u32 %0, %0, %3;\n"
+                "}"
+                : "+r"(codes)
+                : "r"(address), "f"(x[i]), "r"(unit));
         }
         return codes;
     }

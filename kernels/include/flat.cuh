@@ -28,30 +28,45 @@ struct FlatOutput {
 };
 static_assert(sizeof(FlatOutput) == 32, "the Rust twin has this size");
 
+// Encodes and stores tiles. All threads of the block take part.
 class FlatEncoder {
     static constexpr uint32_t kWarps = kFlatThreads / 32;
 
   public:
     using Shared = float[2][kWarps];
 
-    __device__ __forceinline__ FlatEncoder(const FlatOutput& output, const Encoder& encoder, Shared& shared)
-        : output(output), encoder(encoder), shared(shared) {}
+    // Begins with the tile at `tile`.
+    __device__ __forceinline__ FlatEncoder(const FlatOutput& output, const Encoder& encoder, Shared& shared, uint64_t tile)
+        : output(output), encoder(encoder), shared(shared), first(tile + flat_offset()) {
+        packed = output.packed + first / 2;
+        absmax = output.absmax + (first >> output.block_shift);
+    }
 
-    // Encodes and stores the tile's elements, x from `first` on and from `first + kFlatChunk` on. All threads of the block
-    // must come here; `turn` alternates between 0 and 1.
-    template <typename Search>
-    __device__ __forceinline__ void store(const Search& search, uint64_t first, float (&x)[kFlatChunks][8], uint32_t turn) const {
-        float largest[kFlatChunks];
-#pragma unroll
-        for (uint32_t c = 0; c < kFlatChunks; ++c) largest[c] = magnitude(x[c]);
+    // The calling thread's first element.
+    __device__ __forceinline__ uint64_t position() const { return first; }
+
+    // Goes `step` elements on, a multiple of the tile's size.
+    __device__ __forceinline__ void advance(uint64_t step) {
+        first += step;
+        packed += step / 2;
+        absmax += step >> output.block_shift;
+        turn ^= 1;
+    }
+
+    // Stores x, of which `largest` are the largest magnitudes per chunk. Whole: all elements of the tile exist.
+    template <bool Whole, typename Search>
+    __device__ __forceinline__ void store(const Search& search, float (&x)[kFlatChunks][8], float (&largest)[kFlatChunks]) const {
         spread(largest, shared[turn]);
 #pragma unroll
         for (uint32_t c = 0; c < kFlatChunks; ++c) {
-            const uint64_t at = first + c * kFlatChunk;
-            const float absmax = stored_absmax(largest[c]);
-            const uint32_t codes = encode_block(search, encoder, absmax, x[c]);
-            if (at < output.numel && (at & ((1u << output.block_shift) - 1)) == 0) output.absmax[at >> output.block_shift] = absmax;
-            store_codes(at, codes);
+            const float scale = stored_absmax(largest[c]);
+            const uint32_t codes = encode_block(search, encoder, scale, x[c]);
+            const bool begins = ((flat_offset() + c * kFlatChunk) & ((1u << output.block_shift) - 1)) == 0;
+            if (begins && (Whole || first + c * kFlatChunk < output.numel)) absmax[c * kFlatChunk >> output.block_shift] = scale;
+            if (Whole)
+                __stcs(reinterpret_cast<uint32_t*>(packed) + c * (kFlatChunk / 8), codes);
+            else
+                store_codes(packed + c * (kFlatChunk / 2), flat_count(first + c * kFlatChunk, output.numel), codes);
         }
     }
 
@@ -59,6 +74,10 @@ class FlatEncoder {
     const FlatOutput& output;
     const Encoder& encoder;
     Shared& shared;
+    uint64_t first;
+    uint8_t* packed;
+    float* absmax;
+    uint32_t turn = 0;  // which part of `shared` is this tile's
 
     // Makes each chunk's largest magnitude that of the quantisation block that its elements lie in.
     __device__ __forceinline__ void spread(float (&largest)[kFlatChunks], float (&of_warp)[kWarps]) const {
@@ -76,17 +95,13 @@ class FlatEncoder {
         largest[1] = largest[0];
     }
 
-    __device__ __forceinline__ void store_codes(uint64_t first, uint32_t codes) const {
-        const int count = flat_count(first, output.numel);
-        if (count == 8) {
-            __stcs(reinterpret_cast<uint32_t*>(output.packed + first / 2), codes);
-            return;
-        }
+    // Stores the codes of the first `count` of eight elements.
+    __device__ __forceinline__ void store_codes(uint8_t* bytes, int count, uint32_t codes) const {
         if (count % 2) {  // the last byte's low nibble has no element
             const uint32_t nibble = 0xfu << (4 * (count ^ 1));
             codes = (codes & ~nibble) | (encoder.zero & nibble);
         }
 #pragma unroll 1
-        for (int i = 0; i < (count + 1) / 2; ++i) output.packed[first / 2 + i] = uint8_t(codes >> (8 * i));
+        for (int i = 0; i < (count + 1) / 2; ++i) bytes[i] = uint8_t(codes >> (8 * i));
     }
 };

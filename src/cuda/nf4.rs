@@ -201,7 +201,7 @@ impl Nf4ViewMut<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Search {
     /// One table load and one comparison. For codebooks whose codes ascend with their values, and that have no two
-    /// thresholds in one 63rd of [-1, 1]: NF4.
+    /// thresholds in one of 63 bins over [-1, 1]: NF4.
     Binned,
     /// Fifteen comparisons. For all others, and about a third of the speed: FP4.
     Counting,
@@ -226,7 +226,7 @@ impl Search {
 
 /// `BinnedSearch::bin` of `encode.cuh`.
 fn bin(x: f32) -> u32 {
-    x.mul_add(0.5, 0.5).clamp(0.0, 1.0).mul_add(63.0, 8_388_608.0).to_bits()
+    x.mul_add(31.0, 8_388_639.0).to_bits()
 }
 
 impl Encoder {

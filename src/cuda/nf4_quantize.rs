@@ -26,6 +26,9 @@ const THREADS: u32 = 256;
 /// Elements that a block of threads encodes at a time.
 const TILE: usize = 4096;
 
+/// Blocks of threads that an SM has room for, by `__launch_bounds__`.
+const RESIDENT: usize = 4;
+
 /// `Params` of `nf4_quantize.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -70,13 +73,12 @@ pub fn plan(shape: &Shape, codebook: &Codebook, device: &Properties) -> Result<P
     check_blocksize("blocksize", shape.blocksize)?;
     let search = Search::of(codebook);
     let entry = format!("nf4_quantize_{}_{}", shape.dtype, search.name());
-    let resident = if shape.dtype == DType::F32 { 4 } else { 5 }; // of an SM's registers, by __launch_bounds__
     let tiles = shape.numel.div_ceil(TILE);
     Ok(Plan {
         shape: *shape,
         search,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
-        blocks: tiles.min(device.sm_count as usize * resident) as u32,
+        blocks: tiles.min(device.sm_count as usize * RESIDENT) as u32,
         encoder: Encoder::new(codebook),
     })
 }
