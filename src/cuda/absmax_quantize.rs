@@ -4,7 +4,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::blocks;
+use super::check::{blocks, read_only};
 use super::{Kernel, Launch, Properties, Queue, View, ViewMut};
 use crate::Result;
 use crate::nf4::{NESTED_BLOCKSIZE, block_count};
@@ -35,9 +35,15 @@ struct Params {
 
 const _: () = assert!(size_of::<Params>() == 64);
 
+/// What [`plan`] has chosen for one count. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// How many absmax there are.
     pub count: usize,
     /// The kernels, in order.
@@ -63,19 +69,19 @@ pub struct NestedViewMut<'a> {
 /// [`Error::Argument`](crate::Error::Argument) for more than 2^42 absmax.
 pub fn plan(count: usize, _device: &Properties) -> Result<Plan> {
     let nested_blocks = block_count(count, NESTED_BLOCKSIZE);
-    Ok(Plan {
+    Ok(Plan(Details {
         count,
         kernels: [SUM, ENCODE],
         blocks: [
             count.div_ceil(SUM_THREADS).clamp(1, MAX_SUM_BLOCKS) as u32,
             blocks("count", nested_blocks.div_ceil(ENCODE_THREADS / 32).max(1) as u64)?,
         ],
-    })
+    }))
 }
 
 impl Plan {
     /// Bytes of scratch that [`Plan::run`] wants.
-    pub const fn workspace_bytes(&self) -> usize {
+    pub fn workspace_bytes(&self) -> usize {
         self.blocks[0] as usize * size_of::<f64>()
     }
 

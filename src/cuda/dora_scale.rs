@@ -7,7 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::{blocks, dimension, find};
+use super::check::{blocks, dimension, find, read_only};
 use super::deltas::{Deltas, rows_are_aligned};
 use super::nf4::{Nf4View, Weight};
 use super::{AdapterView, Kernel, Launch, Properties, Queue, View, ViewMut};
@@ -73,9 +73,15 @@ pub struct Shape {
     pub storage: Storage,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernels, in order; none where there are no outputs.
@@ -103,18 +109,18 @@ pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     };
     let pieces = shape.k.div_ceil(PIECE).max(1);
     let sum_blocks = shape.n.div_ceil(TILE_ROWS) as u64 * pieces as u64;
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         kernels: (shape.n > 0).then(|| [find(KERNELS, &entry), FINISH]),
         blocks: [blocks("n * k", sum_blocks)?, shape.n.div_ceil(THREADS as usize) as u32],
         vectors,
         pieces: pieces as u32,
-    })
+    }))
 }
 
 impl Plan {
     /// Bytes of scratch that a run wants.
-    pub const fn workspace_bytes(&self) -> usize {
+    pub fn workspace_bytes(&self) -> usize {
         self.pieces as usize * self.shape.n * size_of::<f32>()
     }
 

@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::{dimension, find};
+use super::check::{dimension, find, read_only};
 use super::deltas::{Deltas, Tiles, UpdateView, row_scale, rows_are_aligned};
 use super::{Kernel, Launch, Properties, Queue, View, ViewMut};
 use crate::{DType, Element, Error, Result};
@@ -60,9 +60,15 @@ pub struct Shape {
     pub direction: Direction,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernel; none where the weight has no elements.
@@ -83,13 +89,13 @@ pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     dimension("k", shape.k)?;
     let (rows, columns) = shape.stored();
     let tiles = Tiles::over(rows, columns)?;
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles.blocks > 0).then(|| find(KERNELS, &format!("merge_{}", shape.dtype))),
         blocks: tiles.blocks,
         vectors: rows_are_aligned(columns, shape.dtype),
         across: tiles.across,
-    })
+    }))
 }
 
 impl Shape {

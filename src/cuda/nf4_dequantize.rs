@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::{blocks, find};
+use super::check::{blocks, find, read_only};
 use super::nf4::{Absmax, Nf4View, Values};
 use super::{Kernel, Launch, Properties, Queue, ViewMut};
 use crate::nf4::check_blocksize;
@@ -48,9 +48,15 @@ pub struct Shape {
     pub dtype: DType,
 }
 
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// The kernel; none where there are no elements.
@@ -66,7 +72,7 @@ pub struct Plan {
 pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     check_blocksize("blocksize", shape.blocksize)?;
     let kernel = (shape.numel > 0).then(|| find(KERNELS, &format!("nf4_dequantize_{}", shape.dtype)));
-    Ok(Plan { shape: *shape, kernel, blocks: blocks("numel", shape.numel.div_ceil(TILE) as u64)? })
+    Ok(Plan(Details { shape: *shape, kernel, blocks: blocks("numel", shape.numel.div_ceil(TILE) as u64)? }))
 }
 
 impl Plan {

@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::{blocks, dimension, find};
+use super::check::{blocks, dimension, find, read_only};
 use super::deltas::{Deltas, Tiles, UpdateView, row_scale, rows_are_aligned};
 use super::nf4::{Encoder, Nf4View, Nf4ViewMut, Output, Search, Weight};
 use super::{Kernel, Launch, Properties, Queue, ViewMut};
@@ -82,9 +82,15 @@ pub enum Method {
     Flat,
 }
 
+/// What [`plan`] has chosen for one shape and codebook. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// How the work is cut.
@@ -120,7 +126,7 @@ pub fn plan(shape: &Shape, codebook: &Codebook, _device: &Properties) -> Result<
         Method::Flat => blocks("n * k", (shape.n * shape.k).div_ceil(FLAT_TILE) as u64)?,
     };
     let kernel = (blocks > 0).then(|| find(KERNELS, &entry));
-    Ok(Plan { shape: *shape, method, search, kernel, blocks, across: tiles.across })
+    Ok(Plan(Details { shape: *shape, method, search, kernel, blocks, across: tiles.across }))
 }
 
 impl Plan {

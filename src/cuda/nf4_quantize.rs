@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::check::find;
+use super::check::{find, read_only};
 use super::nf4::{Encoder, Nf4ViewMut, Output, Search};
 use super::{Kernel, Launch, Properties, Queue, View};
 use crate::nf4::{Codebook, check_blocksize};
@@ -51,9 +51,15 @@ pub struct Shape {
     pub dtype: DType,
 }
 
+/// What [`plan`] has chosen for one shape and codebook. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
 /// What will run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Plan {
+pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// How codes are found.
@@ -74,13 +80,13 @@ pub fn plan(shape: &Shape, codebook: &Codebook, device: &Properties) -> Result<P
     let search = Search::of(codebook);
     let entry = format!("nf4_quantize_{}_{}", shape.dtype, search.name());
     let tiles = shape.numel.div_ceil(TILE);
-    Ok(Plan {
+    Ok(Plan(Details {
         shape: *shape,
         search,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         blocks: tiles.min(device.sm_count as usize * RESIDENT) as u32,
         encoder: Encoder::new(codebook),
-    })
+    }))
 }
 
 impl Plan {
