@@ -154,7 +154,7 @@ impl<'a> Change<'a> {
     fn dense<T: Element>(&self) -> Result<Data, usize> {
         let [rows, columns] = self.update.shape();
         let panel = self.update.panel_rows(1) * columns;
-        let mut out = vec![T::from_f32(0.0); rows * columns];
+        let mut out = bytemuck::zeroed_vec::<T>(rows * columns);
         let not_finite = out
             .par_chunks_mut(panel.max(1))
             .enumerate()

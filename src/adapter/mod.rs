@@ -1,6 +1,35 @@
 //! Adapters: the parameters that a file holds, the scale that its configuration gives them, and what they do to a weight.
 //!
-//! Each kind is a type of its own, checked when it is made. [`Adapter`] is any one of them.
+//! Each kind is a type of its own, checked when it is made; [`Adapter`] is any one of them. [`Stack`] is one or several on
+//! a weight: it runs them, merges them and takes them out again. [`extract`] makes one from two weights.
+//!
+//! | kind | what it does to W, `[out, in]` |
+//! |---|---|
+//! | [`Lora`] | `W + scaling * lora_b @ lora_a` |
+//! | [`Dora`] | `magnitude / ||W + delta|| * (W + delta)`, row by row |
+//! | [`AdaLora`] | `W + scaling * lora_b @ (lora_a * lora_e)` |
+//! | [`EmbeddingLora`] | `W + scaling * (lora_b @ lora_a)^T`, of a table `[vocab, dim]` |
+//!
+//! Elements that are infinite or NaN are not looked for: they go through a forward pass as through any product, and make a
+//! merge fail before anything is returned.
+//!
+//! ```
+//! use lora_kernels::adapter::{Adapter, Lora, Scaling, Stack};
+//! use lora_kernels::{DType, Tensor};
+//!
+//! let weight = Tensor::from_f32([2, 2], &[1.0, 2.0, 3.0, 4.0], DType::F32)?;
+//! let lora_a = Tensor::from_f32([1, 2], &[0.5, -0.5], DType::F32)?;
+//! let lora_b = Tensor::from_f32([2, 1], &[1.0, 2.0], DType::F32)?;
+//! let adapter = Adapter::from(Lora::new(lora_a, lora_b, Scaling::Lora.factor(4.0, 1))?);
+//!
+//! let stack = Stack::new(&[&adapter], &weight)?;
+//! let x = Tensor::from_f32([2], &[1.0, 1.0], DType::F32)?;
+//! assert_eq!(stack.forward(&x, &weight, None)?, [3.0, 7.0]);
+//! let merged = stack.merge(&weight, DType::F32)?;
+//! assert_eq!(merged.to_f32(), [3.0, 0.0, 7.0, 0.0]);
+//! assert_eq!(stack.unmerge(&merged, DType::F32)?, weight);
+//! # Ok::<(), lora_kernels::Error>(())
+//! ```
 
 mod adalora;
 mod base;
