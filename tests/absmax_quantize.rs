@@ -4,10 +4,13 @@ mod fixtures;
 mod on_device;
 
 use fixtures::{Fixture, text};
+use half::bf16;
+use lora_kernels::DType;
 use lora_kernels::cuda::absmax_quantize::{NestedViewMut, plan};
-use lora_kernels::nf4::{DYNAMIC_MAP, block_count, nest};
+use lora_kernels::cuda::{AbsmaxView, NestedView, Nf4View, Nf4ViewMut, nf4_dequantize, nf4_quantize};
+use lora_kernels::nf4::{Codebook, DYNAMIC_MAP, NESTED_BLOCKSIZE, Nesting, Nf4Matrix, block_count, nest};
 use lora_kernels_devices::Device;
-use on_device::{Data, assert_refuses, assert_same_bits, elsewhere};
+use on_device::{Data, assert_refuses, assert_same_bits, devices, elsewhere};
 
 /// `skip` elements before the absmax and the codes shift their alignment.
 fn same_as_reference(device: &Device, absmax: &[f32], skip: usize) {
@@ -35,9 +38,11 @@ fn random(data: &mut Data, count: usize) -> Vec<f32> {
 
 #[test]
 fn any_count_is_quantised_as_on_the_cpu() {
-    let (device, mut data) = (Device::best(), Data(1));
-    for count in [0, 1, 2, 7, 8, 9, 255, 256, 257, 1023, 1025, 2049, 10_000, 65_535, 65_537, 140_001] {
-        same_as_reference(&device, &random(&mut data, count), 0);
+    for device in devices() {
+        let mut data = Data(1);
+        for count in [0, 1, 2, 7, 8, 9, 255, 256, 257, 1023, 1025, 2049, 10_000, 65_535, 65_537, 140_001] {
+            same_as_reference(&device, &random(&mut data, count), 0);
+        }
     }
 }
 
@@ -80,6 +85,44 @@ fn reference_absmax() {
             same_as_reference(&device, &file.get::<f32>(&format!("{}.absmax", text(case, "name"))), 0);
         }
     }
+}
+
+/// Quantise, double-quantise, dequantise, one after the other on the queue: the host sees nothing of it before the end.
+#[test]
+fn a_round_trip_stays_on_the_device() {
+    let (device, mut data) = (Device::best(), Data(4));
+    let (queue, properties) = (device.queue(), device.queue().properties());
+    let (numel, blocksize, nf4) = (30_011, 64, Codebook::nf4());
+    let blocks = block_count(numel, blocksize);
+    let x = data.normal::<bf16>(numel, 0.05);
+    let (input, map) = (device.upload(&x), device.upload(&DYNAMIC_MAP));
+    let (mut packed, mut absmax) = (device.alloc(numel.div_ceil(2)), device.alloc::<f32>(blocks));
+    let shape = nf4_quantize::Shape { numel, blocksize, dtype: DType::BF16 };
+    let quantize = nf4_quantize::plan(&shape, &nf4, properties).unwrap();
+    let out = Nf4ViewMut { packed: packed.view_mut(), absmax: absmax.view_mut() };
+    quantize.run(queue, input.view(), out).unwrap();
+
+    let nest = plan(blocks, properties).unwrap();
+    let mut workspace = device.alloc::<u8>(nest.workspace_bytes());
+    let (mut q, mut outer) = (device.alloc(blocks), device.alloc(block_count(blocks, NESTED_BLOCKSIZE)));
+    let mut offset = device.alloc(1);
+    let out = NestedViewMut { q: q.view_mut(), absmax: outer.view_mut(), offset: offset.view_mut() };
+    nest.run(queue, absmax.view(), map.view(), workspace.view_mut(), out).unwrap();
+
+    let nested = NestedView {
+        q: q.view(),
+        absmax: outer.view(),
+        map: map.view(),
+        offset: offset.view(),
+        blocksize: NESTED_BLOCKSIZE,
+    };
+    let weight =
+        Nf4View { packed: packed.view(), absmax: AbsmaxView::Nested(nested), blocksize, codebook: &nf4 };
+    let shape = nf4_dequantize::Shape { numel, blocksize, dtype: DType::BF16 };
+    let mut back = device.alloc::<bf16>(numel);
+    nf4_dequantize::plan(&shape, properties).unwrap().run(queue, &weight, back.view_mut()).unwrap();
+    let reference = Nf4Matrix::quantize(&x, [numel], blocksize, &nf4, Nesting::Nested).unwrap();
+    assert_same_bits(&back.download(), &reference.dequantize::<bf16>(), "the round trip");
 }
 
 #[test]

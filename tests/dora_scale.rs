@@ -7,7 +7,7 @@ use lora_kernels::cuda::dora_scale::{Plan, Shape, Storage, plan};
 use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Buffer, Device};
-use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, elsewhere};
+use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, devices, elsewhere};
 
 /// The scales of a row-major weight, and how far f32 may be from each.
 ///
@@ -131,20 +131,24 @@ const SIZES: [[usize; 2]; 9] =
 
 #[test]
 fn any_shape_of_a_dense_weight() {
-    let (device, mut data) = (Device::best(), Data(1));
-    for size in SIZES {
-        dense_is_right::<f32, f32>(&device, &mut data, size, &[4]);
-        dense_is_right::<f16, f32>(&device, &mut data, size, &[17]);
-        dense_is_right::<bf16, bf16>(&device, &mut data, size, &[4, 0, 20]);
+    for device in devices() {
+        let mut data = Data(1);
+        for size in SIZES {
+            dense_is_right::<f32, f32>(&device, &mut data, size, &[4]);
+            dense_is_right::<f16, f32>(&device, &mut data, size, &[17]);
+            dense_is_right::<bf16, bf16>(&device, &mut data, size, &[4, 0, 20]);
+        }
+        dense_is_right::<f32, f32>(&device, &mut data, [9, 40], &[]);
     }
-    dense_is_right::<f32, f32>(&device, &mut data, [9, 40], &[]);
 }
 
 #[test]
 fn any_shape_of_a_4_bit_weight() {
-    let (device, mut data) = (Device::best(), Data(2));
-    for size in SIZES {
-        for nesting in [Nesting::Plain, Nesting::Nested] {
+    for device in devices() {
+        let mut data = Data(2);
+        for (size, nesting) in
+            SIZES.into_iter().flat_map(|size| [(size, Nesting::Plain), (size, Nesting::Nested)])
+        {
             nf4_is_right::<bf16>(&device, &mut data, size, 64, nesting);
             nf4_is_right::<f16>(&device, &mut data, size, 32, nesting);
             nf4_is_right::<f32>(&device, &mut data, size, 4096, nesting);

@@ -7,7 +7,7 @@ use lora_kernels::cuda::merge::{Direction, Shape, plan};
 use lora_kernels::cuda::{MAX_DELTAS, UpdateView};
 use lora_kernels::{DType, Element, cpu};
 use lora_kernels_devices::Device;
-use on_device::{Adapter, Data, assert_refuses, assert_same_bits, elsewhere};
+use on_device::{Adapter, Data, assert_refuses, assert_same_bits, devices, elsewhere};
 
 struct Case<'a> {
     size: [usize; 2],
@@ -67,21 +67,25 @@ fn shapes<T: Element, A: Element>(device: &Device, seed: u64) {
 
 #[test]
 fn any_shape_of_f32() {
-    shapes::<f32, f32>(&Device::best(), 1);
+    for device in devices() {
+        shapes::<f32, f32>(&device, 1);
+    }
 }
 
 #[test]
 fn any_shape_of_f16() {
-    let device = Device::best();
-    shapes::<f16, f16>(&device, 2);
-    shapes::<f16, f32>(&device, 3);
+    for device in devices() {
+        shapes::<f16, f16>(&device, 2);
+        shapes::<f16, f32>(&device, 3);
+    }
 }
 
 #[test]
 fn any_shape_of_bf16() {
-    let device = Device::best();
-    shapes::<bf16, bf16>(&device, 4);
-    shapes::<bf16, f32>(&device, 5);
+    for device in devices() {
+        shapes::<bf16, bf16>(&device, 4);
+        shapes::<bf16, f32>(&device, 5);
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use lora_kernels::nf4::{
 };
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::Device;
-use on_device::{Data, Nf4Buffers, assert_refuses, assert_same_bits, elsewhere};
+use on_device::{Data, Nf4Buffers, assert_refuses, assert_same_bits, devices, elsewhere};
 
 fn dequantize<T: Element>(device: &Device, matrix: &Nf4Matrix) -> Vec<T> {
     let shape = Shape { numel: matrix.numel(), blocksize: matrix.blocksize(), dtype: T::DTYPE };
@@ -47,21 +47,24 @@ fn nested(data: &mut Data, blocks: usize) -> Absmax {
 /// Sizes at the edges of bytes, pieces of eight, groups, tiles.
 const NUMELS: [usize; 14] = [1, 2, 7, 8, 9, 31, 255, 256, 1023, 1024, 1025, 8191, 8193, 20001];
 
-#[test]
-fn any_size_and_block_is_decoded_as_on_the_cpu() {
-    let (device, mut data) = (Device::best(), Data(1));
+fn any_size(device: &Device) {
+    let mut data = Data(1);
     for numel in NUMELS {
         for blocksize in BLOCKSIZES {
             let blocks = block_count(numel, blocksize);
             for absmax in [Absmax::Plain(absmax(&mut data, blocks)), nested(&mut data, blocks)] {
-                let packed = data.bytes(packed_len(numel));
+                let (packed, nf4) = (data.bytes(packed_len(numel)), Codebook::nf4());
                 let matrix =
-                    Nf4Matrix::from_parts([numel], packed, absmax, blocksize, Codebook::nf4(), DType::F32)
-                        .unwrap();
-                same_as_reference(&device, &matrix, &format!("{numel} elements in blocks of {blocksize}"));
+                    Nf4Matrix::from_parts([numel], packed, absmax, blocksize, nf4, DType::F32).unwrap();
+                same_as_reference(device, &matrix, &format!("{numel} elements in blocks of {blocksize}"));
             }
         }
     }
+}
+
+#[test]
+fn any_size_and_block_is_decoded_as_on_the_cpu() {
+    devices().iter().for_each(any_size);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use lora_kernels::cuda::{Nf4ViewMut, Search, UpdateView};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix, block_count, packed_len};
 use lora_kernels::{DType, Element, cpu};
 use lora_kernels_devices::Device;
-use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, assert_same_bits};
+use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, assert_same_bits, devices};
 
 struct Case<'a> {
     size: [usize; 2],
@@ -92,33 +92,41 @@ fn same_as_reference<T: Element, A: Element>(device: &Device, data: &mut Data, c
     to_nf4
 }
 
-#[test]
-fn blocks_that_fit_a_row_are_merged_in_tiles() {
-    let (device, mut data) = (Device::best(), Data(1));
+fn tiled(device: &Device) {
+    let mut data = Data(1);
     for size in [[1, 128], [3, 384], [64, 128], [66, 256], [130, 640]] {
         for blocksize in [32, 64, 128] {
-            let plan = same_as_reference::<bf16, bf16>(&device, &mut data, &Case::plain(size, blocksize));
+            let plan = same_as_reference::<bf16, bf16>(device, &mut data, &Case::plain(size, blocksize));
             assert_eq!((plan.method, plan.search), (Method::Tiled, Search::Binned));
         }
     }
-    let plan = same_as_reference::<f32, f32>(&device, &mut data, &Case::plain([5, 96], 32));
+    let plan = same_as_reference::<f32, f32>(device, &mut data, &Case::plain([5, 96], 32));
     assert_eq!(plan.method, Method::Tiled);
 }
 
-/// Rows of odd length, shorter than a piece, blocks over many rows, tails.
 #[test]
-fn other_blocks_are_merged_flat() {
-    let (device, mut data) = (Device::best(), Data(2));
+fn blocks_that_fit_a_row_are_merged_in_tiles() {
+    devices().iter().for_each(tiled);
+}
+
+/// Rows of odd length, shorter than a piece, blocks over many rows, tails.
+fn flat(device: &Device) {
+    let mut data = Data(2);
     for size in [[1, 1], [9, 1], [7, 37], [33, 96], [100, 44], [65, 129]] {
         for blocksize in [64, 256, 4096] {
-            let plan = same_as_reference::<f16, f32>(&device, &mut data, &Case::plain(size, blocksize));
+            let plan = same_as_reference::<f16, f32>(device, &mut data, &Case::plain(size, blocksize));
             assert_eq!((plan.method, plan.search), (Method::Flat, Search::Counting));
         }
     }
     for blocksize in BLOCKSIZES.into_iter().filter(|&b| b > 128) {
-        let plan = same_as_reference::<f32, bf16>(&device, &mut data, &Case::plain([3, 8192], blocksize));
+        let plan = same_as_reference::<f32, bf16>(device, &mut data, &Case::plain([3, 8192], blocksize));
         assert_eq!(plan.method, Method::Flat);
     }
+}
+
+#[test]
+fn other_blocks_are_merged_flat() {
+    devices().iter().for_each(flat);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use lora_kernels::cuda::{Nf4ViewMut, Search};
 use lora_kernels::nf4::{self, BLOCKSIZES, Codebook, block_count, packed_len};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::Device;
-use on_device::{Data, assert_refuses, assert_same_bits, elsewhere};
+use on_device::{Data, assert_refuses, assert_same_bits, devices, elsewhere};
 
 /// Codes and absmax from the device and from the reference agree. `skip` elements before `x` shift its alignment.
 fn same_as_reference<T: Element>(
@@ -50,17 +50,17 @@ fn any_size<T: Element>(device: &Device) {
 
 #[test]
 fn any_size_and_block_of_f32() {
-    any_size::<f32>(&Device::best());
+    devices().iter().for_each(any_size::<f32>);
 }
 
 #[test]
 fn any_size_and_block_of_f16() {
-    any_size::<f16>(&Device::best());
+    devices().iter().for_each(any_size::<f16>);
 }
 
 #[test]
 fn any_size_and_block_of_bf16() {
-    any_size::<bf16>(&Device::best());
+    devices().iter().for_each(any_size::<bf16>);
 }
 
 /// More tiles than blocks of threads, so that these walk.
@@ -196,6 +196,16 @@ fn bad_arguments_are_named() {
     let out = Nf4ViewMut { packed: packed.slice_mut(..500), absmax: absmax.slice_mut(..16) };
     assert_refuses(plan.run(device.queue(), halves.view(), out), "x");
     assert_eq!((packed.download(), absmax.download()), (vec![9; 516], vec![9.0; 17]), "nothing was written");
+}
+
+/// Elements, bytes and blocks beyond what 32 bits can count; compared in full.
+#[test]
+#[ignore = "wants 12 GB of memory on a GPU, and on the host"]
+fn more_than_2_to_the_32_elements() {
+    let (device, mut data) = (Device::cuda().unwrap(), Data(7));
+    let pattern = data.normal::<bf16>(1_000_003, 1.0);
+    let x: Vec<bf16> = pattern.iter().copied().cycle().take((1 << 32) + 4099).collect();
+    same_as_reference(&device, &x, 64, &Codebook::nf4(), 0);
 }
 
 /// Every element comes in once, 0.5 bytes and a 64th of an absmax go out, and the table is read without conflicts.
