@@ -8,7 +8,7 @@ use super::{Lower, Lowered};
 use crate::counters::Class;
 use crate::ops::float::{self, through64};
 use crate::ops::lanes::{AluFn, Args, Row, alu, test};
-use crate::ops::round::{Mode, flush, integral};
+use crate::ops::round::{Mode, canon, flush, integral};
 use crate::parse::ast::Operand;
 use crate::program::Reg;
 
@@ -105,7 +105,7 @@ macro_rules! float_comparison {
                     $e
                 })
             };
-            }
+                }
         #[allow(clippy::neg_cmp_op_on_partial_ord, clippy::nonminimal_bool)]
         let found: Option<AluFn> = Some(match $op {
             "eq" => on!(|a, b| a == b),
@@ -379,8 +379,8 @@ impl Lower<'_> {
     /// `cvt.rni.f32.f32` and its like.
     pub(super) fn round_integral_fn(ty: Ty, mode: Mode) -> Option<AluFn> {
         Some(match ty {
-            Ty::F32 => modes!(mode, R, alu!(f32, f32; |a| integral(a as f64, R) as f32)),
-            Ty::F64 => modes!(mode, R, alu!(f64, f64; |a| integral(a, R))),
+            Ty::F32 => modes!(mode, R, alu!(f32, f32; |a| canon(integral(a as f64, R) as f32))),
+            Ty::F64 => modes!(mode, R, alu!(f64, f64; |a| float::canon64(integral(a, R)))),
             _ => return None,
         })
     }

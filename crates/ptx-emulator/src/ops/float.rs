@@ -4,8 +4,10 @@
 use super::round::{Mode, canon, directed, odd, odd_add, to_f32};
 
 /// NaN of f64 results.
+#[inline(always)]
 pub(crate) fn canon64(x: f64) -> f64 {
-    if x.is_nan() { f64::from_bits(0x7fff_ffff_ffff_ffff) } else { x }
+    let bits = x.to_bits();
+    f64::from_bits(if bits << 1 > 0x7ff << 53 { u64::MAX >> 1 } else { bits })
 }
 
 /// Sum of two f64 (each exact), rounded once to f32 in a mode.

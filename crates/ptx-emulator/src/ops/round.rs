@@ -19,7 +19,9 @@ pub(crate) const NAN32: f32 = f32::from_bits(0x7fff_ffff);
 /// Replaces any NaN by the canonical one.
 #[inline(always)]
 pub(crate) fn canon(x: f32) -> f32 {
-    if x.is_nan() { NAN32 } else { x }
+    // On the bits: of floats the compiler may take one NaN for another.
+    let bits = x.to_bits();
+    f32::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { NAN32.to_bits() } else { bits })
 }
 
 /// Flushes a subnormal to zero of the same sign.
