@@ -1,6 +1,9 @@
 //! Conversions between floats and integers, and arithmetic on 16-bit floats: exhaustive where the source has 8 or 16
 //! bits, at every rounding boundary where the result has.
 
+// Tables of instructions and their meanings; fragments are indexed as the document does it.
+#![allow(clippy::type_complexity, clippy::needless_range_loop, clippy::manual_is_multiple_of)]
+
 mod common;
 use common::{check, floats, random, rows, run};
 
@@ -175,7 +178,7 @@ fn tf32_rounds_to_ten_bits() {
             // Magnitudes are ordered like their patterns: the neighbours are 2^13 patterns apart.
             let (low, rest) = (r[0] & 0x7fff_e000, r[0] & 0x1fff);
             let up = rest > 0x1000 || rest == 0x1000 && (away || low & 0x2000 != 0);
-            let wanted = low + if up { 0x2000 } else { 0 } | r[0] & 0x8000_0000;
+            let wanted = (low + if up { 0x2000 } else { 0 }) | r[0] & 0x8000_0000;
             assert_eq!(got, wanted, "{mode} {r:x?}");
         }
     }

@@ -1,5 +1,8 @@
 //! f32 and f64 instructions against their definitions in the PTX ISA document.
 
+// Tables of instructions and their meanings; fragments are indexed as the document does it.
+#![allow(clippy::type_complexity, clippy::needless_range_loop, clippy::manual_is_multiple_of)]
+
 mod common;
 use common::{check, floats, random, run};
 

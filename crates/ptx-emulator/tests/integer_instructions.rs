@@ -1,5 +1,8 @@
 //! Integer, logic, bit and comparison instructions against their definitions in the PTX ISA document.
 
+// Tables of instructions and their meanings; fragments are indexed as the document does it.
+#![allow(clippy::type_complexity, clippy::needless_range_loop, clippy::manual_is_multiple_of)]
+
 mod common;
 use common::{check, corners, random, rows};
 
@@ -98,7 +101,7 @@ fn carries_chain() {
     let body = "mad.lo.cc.u32 %r4, a, b, c; madc.hi.u32 d, a, b, 0;";
     check(body, &[32; 3], 32, &rows(&[32; 3], 500), |r| {
         let product = r[0] * r[1];
-        (product >> 32) + ((product & 0xffff_ffff) + r[2] >> 32)
+        (product >> 32) + (((product & 0xffff_ffff) + r[2]) >> 32)
     });
 }
 
