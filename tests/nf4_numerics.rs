@@ -26,7 +26,7 @@ fn dequantize<T: Element>(
 }
 
 fn nibble(packed: &[u8], i: usize) -> u8 {
-    if i % 2 == 0 { packed[i / 2] >> 4 } else { packed[i / 2] & 15 }
+    if i.is_multiple_of(2) { packed[i / 2] >> 4 } else { packed[i / 2] & 15 }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
