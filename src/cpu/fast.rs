@@ -12,10 +12,11 @@ use super::{LowRank, MatmulExtras, Weight};
 use crate::nf4::check_len;
 use crate::{Element, Result};
 
-/// Tokens of a tile: one vector of AVX-512, two of AVX2.
+/// Tokens of a tile: two vectors of AVX2, which is what `gemm`'s kernel takes at once.
 const LANES: usize = 16;
-/// Rows of a weight that a task decodes at a time.
-const PANEL: usize = 32;
+/// Rows of a weight that a task decodes at a time: a multiple of the rows that `gemm` takes at once (6 with AVX2; 4, 8 or
+/// 12 elsewhere).
+const PANEL: usize = 48;
 /// Inputs that are summed at a time. No more than the depth at which `gemm` begins to cut by its own rules.
 const DEPTH: usize = 512;
 /// Tokens of one pass over a weight: its decoding is spread over them, and buffers are bounded by them.

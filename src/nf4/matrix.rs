@@ -120,7 +120,10 @@ impl Nf4Matrix {
 
     /// [`Nf4Matrix::decode`], widened. The elements exist.
     pub(crate) fn decode_widened<T: Element>(&self, start: usize, out: &mut [f32]) {
-        self.decode_as(start, out, |values| rounded::<T>(values).map(T::to_f32));
+        self.decode_as(start, out, |mut values| {
+            T::widen(&rounded::<T>(values), &mut values);
+            values
+        });
     }
 
     fn decode_as<V: Copy>(&self, start: usize, out: &mut [V], convert: impl Fn([f32; 16]) -> [V; 16]) {
