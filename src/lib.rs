@@ -1,4 +1,73 @@
-//! Low-rank adapters on dense and NF4 weights: CUDA kernels, and a CPU reference that they are checked against.
+//! Low-rank adapters on dense and 4-bit weights: CUDA kernels, and a CPU reference that they are checked against.
+//!
+//! For tokens `x`, a frozen weight `W` and an adapter with factors `A` and `B`:
+//!
+//! ```text
+//! y  = m ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias        the layer with its adapter
+//! W' = m ⊙ (W + s B A)                         the same, merged into the weight
+//! W  = code[i] · absmax[i / blocksize]         W in 4 bits
+//! ```
+//!
+//! `m` is 1, or DoRA's `magnitude / ‖W + s B A‖`.
+//!
+//! # Where to begin
+//!
+//! [`formats`] reads models and adapters, [`adapter::Stack`] is an adapter (or several) on a weight, and
+//! [`nf4::Nf4Matrix`] is a weight in 4 bits:
+//!
+//! ```
+//! use lora_kernels::adapter::Stack;
+//! use lora_kernels::formats::{bitsandbytes, peft};
+//! use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
+//! use lora_kernels::{DType, Tensor};
+//!
+//! # fn main() -> lora_kernels::Result<()> {
+//! # let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/peft/llama");
+//! let model = bitsandbytes::Reader::open(format!("{data}/base"))?;
+//! let adapters = peft::load(format!("{data}/lora_r8a16"))?.adapters;
+//!
+//! // The model is stored in f32; here its weight is brought to 4.1 bits.
+//! let module = "model.layers.0.self_attn.q_proj";
+//! let dense = model.dense(&format!("{module}.weight"))?;
+//! let weight = Nf4Matrix::quantize_tensor(&dense, 64, &Codebook::nf4(), Nesting::Nested)?;
+//!
+//! // Two tokens through the layer with its adapter.
+//! let stack = Stack::new(&[&adapters[module]], &weight)?;
+//! let x = Tensor::from_f32([2, 64], &[0.5; 128], DType::F32)?;
+//! let y = stack.forward(&x, &weight, None)?;
+//!
+//! // The merged weight gives the same outputs, but for the roundings of the merge.
+//! let merged = stack.merge(&weight, DType::F32)?;
+//! let row: f32 = merged.to_f32()[..64].iter().map(|w| 0.5 * w).sum();
+//! assert!((f64::from(row) - y[0]).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! An engine that holds a CUDA stream and its buffers calls the kernels themselves. Every operation has one name:
+//!
+//! | operation | on the CPU | on a GPU |
+//! |---|---|---|
+//! | numbers to 4-bit codes | [`nf4::quantize()`] | [`cuda::nf4_quantize`] |
+//! | their scales to 8 bits | [`nf4::nest`] | [`cuda::absmax_quantize`] |
+//! | codes to numbers | [`nf4::dequantize()`] | [`cuda::nf4_dequantize`] |
+//! | `x Wᵀ`, W dense or 4-bit, with adapters, scale and bias | [`cpu::matmul()`], [`cpu::fast`] | [`cuda::matmul`] |
+//! | `s x Aᵀ`, an adapter per token | [`cpu::lora_shrink()`] | [`cuda::lora_shrink`] |
+//! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
+//! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |
+//! | merge into 4-bit codes, or out of them | [`cpu::nf4_merge()`], [`cpu::nf4_merge_dense`] | [`cuda::nf4_merge`] |
+//! | DoRA's `m` | [`cpu::dora_scale()`] | [`cuda::dora_scale`] |
+//!
+//! GPU calls have three steps: a plan that depends on shapes alone and says which kernel will run, the caller's buffers as views, and a launch on
+//! the caller's queue. They allocate nothing, never wait, and refuse what does not fit before anything is launched.
+//! The crate builds and starts without CUDA; the driver is looked for when a `cuda::CudaQueue` is made.
+//!
+//! # What may be relied on
+//!
+//! * Codes, scales and decoded weights are those of bitsandbytes in IEEE arithmetic, to the bit. (Its CUDA builds take an approximate
+//!   reciprocal: an f32 element within an ulp of a threshold may get the next code there.)
+//! * Products have f32 sums in a fixed order: the same plan gives the same bits, whatever else is in the batch.
+//! * No input makes a safe call panic or read out of bounds: an [`Error`] names the argument, what was wanted and what came.
 
 pub mod adapter;
 pub mod cpu;
@@ -12,3 +81,8 @@ pub mod tensor;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use tensor::Tensor;
+
+/// The example in README compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -40,6 +40,23 @@ fn the_repositorys_own_data_pass() {
     }
 }
 
+/// Every kernel, on all data that there is one for.
+#[test]
+fn the_emulated_kernels_pass() {
+    if lora_kernels::cuda::modules().is_empty() {
+        eprintln!("no kernels in this build");
+        return;
+    }
+    let output = run(&["verify", data().to_str().unwrap(), "--device", "emulator"]);
+    assert_eq!(output.code, Some(0), "{}", output.stdout);
+    let skipped = output.stdout.split("\nskipped\n").nth(1).expect("training steps are skipped");
+    let skipped = skipped.lines().take_while(|line| !line.is_empty());
+    for line in skipped {
+        let known = ["train_step/", "svd/", "peft/llama/adalora_trace"];
+        assert!(known.iter().any(|k| line.trim().starts_with(k)), "{line}");
+    }
+}
+
 #[test]
 fn family_picks_families_and_refuses_unknown_ones() {
     let data = data();

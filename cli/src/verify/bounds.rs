@@ -11,6 +11,7 @@
 
 use lora_kernels::DType;
 
+use super::engine::Slack;
 use super::truth::{Merged, Output, Scale};
 
 /// Unit roundoff of f32.
@@ -66,9 +67,10 @@ fn forward_f32(t: &Output) -> f64 {
         + scale_error(&t.scale) * t.scale.value.abs() * (t.base.abs() + t.lora_size)
 }
 
-/// Our forward pass in `dtype`: f32 inside, one rounding at the end.
-pub fn forward(dtype: DType, t: &Output) -> f64 {
-    rounded(dtype, t.y, forward_f32(t))
+/// Our forward pass in `dtype`: f32 inside, one rounding at the end, and what the device says of its operands.
+pub fn forward(dtype: DType, slack: Slack, t: &Output) -> f64 {
+    let operands = t.scale.value.abs() * (slack.weight * t.base_size + slack.low_rank * t.shrunk_size);
+    rounded(dtype, t.y, forward_f32(t) + operands * (1.0 + dtype.unit_roundoff()))
 }
 
 /// How PEFT holds an adapter's factors.

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use lora_kernels::cpu::{self, Accumulate, MatmulExtras, Update};
-use lora_kernels::nf4::{self, Absmax, Codebook, NestedAbsmax, Nf4Matrix};
+use lora_kernels::nf4::{self, Codebook, NestedAbsmax, Nf4Matrix};
 use lora_kernels::{DType, Element, Result, Tensor};
 
 use super::engine::{Direction, Engine, Extras, LowRank, Weight};
@@ -108,12 +108,7 @@ impl Engine for Cpu {
                 self.nf4_quantize(&unmerged, weight.blocksize())?
             }
         };
-        let absmax = match weight.absmax() {
-            Absmax::Plain(_) => Absmax::Plain(absmax),
-            Absmax::Nested(_) => Absmax::Nested(self.absmax_quantize(&absmax)?),
-        };
-        let codebook = weight.codebook().clone();
-        Nf4Matrix::from_parts(weight.shape(), packed, absmax, weight.blocksize(), codebook, DType::F32)
+        self.like(weight, packed, absmax)
     }
 }
 
@@ -157,7 +152,7 @@ pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
 
 impl Weight<'_> {
     /// `[n, k]`.
-    fn shape(&self) -> [usize; 2] {
+    pub fn shape(&self) -> [usize; 2] {
         let shape = match self {
             Weight::Dense(tensor) => tensor.shape(),
             Weight::Nf4(matrix) => matrix.shape(),
@@ -184,7 +179,7 @@ impl Weight<'_> {
 
 impl LowRank {
     /// `[n, k]` of the weight that it is for.
-    fn shape(&self) -> [usize; 2] {
+    pub fn shape(&self) -> [usize; 2] {
         [self.lora_b.shape()[0], self.lora_a.shape()[1]]
     }
 

@@ -1,6 +1,6 @@
 //! The operations that the checks ask for, over host data, so that every device answers the same questions.
 
-use lora_kernels::nf4::{NestedAbsmax, Nf4Matrix};
+use lora_kernels::nf4::{Absmax, NestedAbsmax, Nf4Matrix};
 use lora_kernels::{DType, Error, Result, Tensor};
 
 /// A frozen weight `[n, k]`.
@@ -45,6 +45,15 @@ pub enum Direction {
     Unmerge,
 }
 
+/// What a product may be off by, besides f32 sums and one rounding at the end.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Slack {
+    /// As a share of `|x| |W|^T`: how 4-bit weights are rounded before they are multiplied.
+    pub weight: f64,
+    /// As a share of `|x a^T| |b|^T`.
+    pub low_rank: f64,
+}
+
 /// A device. An operation that it lacks is an [`Error::Unsupported`](lora_kernels::Error::Unsupported).
 pub trait Engine {
     /// What runs, for the user.
@@ -67,6 +76,12 @@ pub trait Engine {
     /// `y = row_scale * (x W^T + low-rank) + bias`, `[m, n]` of the type of `x` `[m, k]`.
     fn matmul(&self, x: &Tensor, weight: Weight<'_>, extras: Extras<'_>) -> Result<Tensor>;
 
+    /// What that product may be off by, against the weight decoded to the type of `x`.
+    fn slack(&self, x: &Tensor, weight: Weight<'_>) -> Result<Slack> {
+        let _ = (x, weight);
+        Ok(Slack::default())
+    }
+
     /// DoRA's `magnitude / ||W + delta||` of every row.
     fn dora_scale(&self, weight: Weight<'_>, lora: &LowRank, magnitude: &[f32]) -> Result<Vec<f32>>;
 
@@ -88,6 +103,16 @@ pub trait Engine {
         lora: &LowRank,
         row_scale: Option<&[f32]>,
     ) -> Result<Nf4Matrix>;
+
+    /// A matrix like `weight`, with other codes and scales; these are quantised where those of `weight` are.
+    fn like(&self, weight: &Nf4Matrix, packed: Vec<u8>, absmax: Vec<f32>) -> Result<Nf4Matrix> {
+        let absmax = match weight.absmax() {
+            Absmax::Plain(_) => Absmax::Plain(absmax),
+            Absmax::Nested(_) => Absmax::Nested(self.absmax_quantize(&absmax)?),
+        };
+        let codebook = weight.codebook().clone();
+        Nf4Matrix::from_parts(weight.shape(), packed, absmax, weight.blocksize(), codebook, weight.dtype())
+    }
 }
 
 /// Where the operations run.
@@ -121,7 +146,7 @@ pub fn open_best() -> Result<(Box<dyn Engine>, Option<String>)> {
 pub fn open(choice: Choice) -> Result<Box<dyn Engine>> {
     match choice {
         Choice::Cpu => Ok(Box::new(super::cpu::Cpu)),
-        Choice::Emulator => Err(Error::unsupported("--device emulator", "running the kernels")),
+        Choice::Emulator => Ok(Box::new(super::device::Kernels::emulator())),
         Choice::Cuda => Ok(Box::new(super::device::Kernels::cuda()?)),
     }
 }

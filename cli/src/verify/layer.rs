@@ -6,7 +6,7 @@ use lora_kernels::nf4::Nf4Matrix;
 use lora_kernels::{DType, Tensor};
 
 use super::bounds::Factors;
-use super::engine::{Engine, Extras, LowRank, Weight};
+use super::engine::{Engine, Extras, LowRank, Slack, Weight};
 use super::report::Case;
 use super::truth::{Factor, Linear, Merged, Output, Scale, transpose};
 
@@ -172,6 +172,11 @@ impl Layer {
             adapter_index: None,
         };
         Ok(case.offered(engine.matmul(x, self.borrowed(), extras))?.map(|y| y.to_f64()))
+    }
+
+    /// What the engine's outputs for `x` may be off by, besides f32 sums.
+    pub fn slack(&self, engine: &dyn Engine, x: &Tensor) -> Result<Slack> {
+        Ok(engine.slack(x, self.borrowed())?)
     }
 
     /// The outputs for `x` by the formula.

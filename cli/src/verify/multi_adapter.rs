@@ -7,7 +7,7 @@ use lora_kernels::{DType, Tensor};
 use super::bounds::Factors;
 use super::engine::{Engine, Extras, LowRank, Weight};
 use super::layer::{cast, decoded};
-use super::outputs::{self, Source};
+use super::outputs::{self, Ours, Source};
 use super::report::Case;
 use super::truth::{Factor, Linear, Output};
 use super::{Family, blocks};
@@ -83,21 +83,14 @@ impl<'a> Mix<'a> {
         let exact = self.truth(&dense, &self.x, &self.adapters, &index);
         let ours =
             self.forward(case, engine, Weight::Dense(&self.weight), &self.x, &self.adapters, &index)?;
-        outputs::compare(
-            case,
-            DType::F32,
-            &exact,
-            ours.as_deref(),
-            &get("y_f32")?,
-            Source::Packages(Factors::F32),
-        )?;
-        outputs::compare(case, DType::F32, &exact, ours.as_deref(), &get("y_f64")?, Source::Truth)?;
+        outputs::compare(case, &exact, &ours, &get("y_f32")?, Source::Packages(Factors::F32))?;
+        outputs::compare(case, &exact, &ours, &get("y_f64")?, Source::Truth)?;
         self.check_bf16(case, engine, pattern, &index)?;
         if let Some(stored) = self.tensors.find_of(pattern, "nf4.y_f64")? {
             let weight = self.nf4()?;
             let exact = self.truth(&decoded(&weight, DType::F32).to_f64(), &self.x, &self.adapters, &index);
             let ours = self.forward(case, engine, Weight::Nf4(&weight), &self.x, &self.adapters, &index)?;
-            outputs::compare(case, DType::F32, &exact, ours.as_deref(), &stored, Source::Truth)?;
+            outputs::compare(case, &exact, &ours, &stored, Source::Truth)?;
         }
         Ok(())
     }
@@ -123,15 +116,8 @@ impl<'a> Mix<'a> {
         let adapters = self.adapters.iter().map(rounded).collect::<Result<Vec<_>>>()?;
         let exact = self.truth(&weight.to_f64(), &x, &adapters, index);
         let ours = self.forward(case, engine, Weight::Dense(&weight), &x, &adapters, index)?;
-        outputs::compare(
-            case,
-            DType::BF16,
-            &exact,
-            ours.as_deref(),
-            &get("y_bf16")?,
-            Source::Packages(Factors::Stored),
-        )?;
-        outputs::compare(case, DType::BF16, &exact, ours.as_deref(), &get("y_bf16_truth")?, Source::Truth)
+        outputs::compare(case, &exact, &ours, &get("y_bf16")?, Source::Packages(Factors::Stored))?;
+        outputs::compare(case, &exact, &ours, &get("y_bf16_truth")?, Source::Truth)
     }
 
     fn truth(&self, weight: &[f64], x: &Tensor, adapters: &[LowRank], index: &[i32]) -> Vec<Output> {
@@ -154,8 +140,9 @@ impl<'a> Mix<'a> {
         x: &Tensor,
         adapters: &[LowRank],
         index: &[i32],
-    ) -> Result<Option<Vec<f64>>> {
+    ) -> Result<Ours> {
         let extras = Extras { adapters, adapter_index: Some(index), ..Extras::default() };
-        Ok(case.offered(engine.matmul(x, weight, extras))?.map(|y| y.to_f64()))
+        let y = case.offered(engine.matmul(x, weight, extras))?.map(|y| y.to_f64());
+        Ok(Ours { y, dtype: x.dtype(), slack: engine.slack(x, weight)? })
     }
 }

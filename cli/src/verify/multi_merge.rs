@@ -150,7 +150,7 @@ impl<'a> Combination<'a> {
         case.close("y_merged", &y.to_f64(), &stored, |i| {
             let (token, row) = (i / self.n * self.k, i % self.n * self.k);
             let weight = bounds::through_weight(&inputs[token..token + self.k], &error[row..row + self.k]);
-            2.0 * (bounds::forward(DType::F32, &exact[i]) + weight)
+            2.0 * (bounds::forward_packages(DType::F32, Factors::F32, &exact[i]) + weight)
         });
         Ok(())
     }

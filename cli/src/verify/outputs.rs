@@ -4,7 +4,7 @@ use anyhow::Result;
 use lora_kernels::{DType, Tensor};
 
 use super::bounds::{self, Factors};
-use super::engine::Engine;
+use super::engine::{Engine, Slack};
 use super::layer::Layer;
 use super::report::Case;
 use super::truth::Output;
@@ -19,6 +19,22 @@ pub enum Source {
     Truth,
 }
 
+/// An engine's outputs, `None` where it lacks the operation, and what they may be off by besides f32 sums.
+pub struct Ours {
+    /// The outputs.
+    pub y: Option<Vec<f64>>,
+    /// The type that they are rounded to.
+    pub dtype: DType,
+    /// From [`Engine::slack`].
+    pub slack: Slack,
+}
+
+impl Ours {
+    fn new(case: &mut Case, engine: &dyn Engine, layer: &Layer, x: &Tensor) -> Result<Self> {
+        Ok(Self { y: layer.forward(case, engine, x)?, dtype: x.dtype(), slack: layer.slack(engine, x)? })
+    }
+}
+
 /// Compares the engine's output for `x` with the stored output of the packages in the same type, and with the stored truth
 /// where there is one. Both are also compared with the formula.
 pub fn check(
@@ -29,12 +45,9 @@ pub fn check(
     packages: &Stored,
     truth: Option<&Stored>,
 ) -> Result<()> {
-    let (exact, ours) = (layer.truth(x), layer.forward(case, engine, x)?);
-    compare(case, x.dtype(), &exact, ours.as_deref(), packages, Source::Packages(layer.factors()))?;
-    match truth {
-        Some(truth) => compare(case, x.dtype(), &exact, ours.as_deref(), truth, Source::Truth),
-        None => Ok(()),
-    }
+    let (exact, ours) = (layer.truth(x), Ours::new(case, engine, layer, x)?);
+    compare(case, &exact, &ours, packages, Source::Packages(layer.factors()))?;
+    truth.map_or(Ok(()), |truth| compare(case, &exact, &ours, truth, Source::Truth))
 }
 
 /// Compares the engine's output for `x` with the stored truth, and that with the formula.
@@ -45,28 +58,28 @@ pub fn check_truth(
     x: &Tensor,
     truth: &Stored,
 ) -> Result<()> {
-    let ours = layer.forward(case, engine, x)?;
-    compare(case, x.dtype(), &layer.truth(x), ours.as_deref(), truth, Source::Truth)
+    let ours = Ours::new(case, engine, layer, x)?;
+    compare(case, &layer.truth(x), &ours, truth, Source::Truth)
 }
 
-/// Compares a stored output with the formula, and the engine's output in `dtype` with it.
+/// Compares a stored output with the formula, and the engine's output with it.
 pub fn compare(
     case: &mut Case,
-    dtype: DType,
     exact: &[Output],
-    ours: Option<&[f64]>,
+    ours: &Ours,
     stored: &Stored,
     source: Source,
 ) -> Result<()> {
     let stored_bound = |t: &Output| match source {
-        Source::Packages(factors) => bounds::forward_packages(dtype, factors, t),
+        Source::Packages(factors) => bounds::forward_packages(ours.dtype, factors, t),
         Source::Truth => bounds::forward_stored(stored.unit_roundoff(), t),
     };
     let formula: Vec<f64> = exact.iter().map(|t| t.y).collect();
     let (name, theirs) = (stored.name(), stored.f64s()?);
     case.close(&format!("{name} (formula)"), &theirs, &formula, |i| stored_bound(&exact[i]));
-    if let Some(ours) = ours {
-        case.close(name, ours, &theirs, |i| bounds::forward(dtype, &exact[i]) + stored_bound(&exact[i]));
+    if let Some(y) = &ours.y {
+        let bound = |t: &Output| bounds::forward(ours.dtype, ours.slack, t) + stored_bound(t);
+        case.close(name, y, &theirs, |i| bound(&exact[i]));
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use lora_kernels::nf4::{NestedAbsmax, Nf4Matrix};
 use lora_kernels::{DType, Result, Tensor};
 
-use super::engine::{Direction, Engine, Extras, LowRank, Weight};
+use super::engine::{Direction, Engine, Extras, LowRank, Slack, Weight};
 
 /// An engine that adds up the time of its operations, with the copies to and from the device.
 pub struct Timed<'a> {
@@ -56,6 +56,10 @@ impl Engine for Timed<'_> {
 
     fn matmul(&self, x: &Tensor, weight: Weight<'_>, extras: Extras<'_>) -> Result<Tensor> {
         self.time(|e| e.matmul(x, weight, extras))
+    }
+
+    fn slack(&self, x: &Tensor, weight: Weight<'_>) -> Result<Slack> {
+        self.engine.slack(x, weight)
     }
 
     fn dora_scale(&self, weight: Weight<'_>, lora: &LowRank, magnitude: &[f32]) -> Result<Vec<f32>> {
