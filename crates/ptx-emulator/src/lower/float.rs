@@ -105,7 +105,7 @@ macro_rules! float_comparison {
                     $e
                 })
             };
-                        }
+                            }
         #[allow(clippy::neg_cmp_op_on_partial_ord, clippy::nonminimal_bool)]
         let found: Option<AluFn> = Some(match $op {
             "eq" => on!(|a, b| a == b),
