@@ -7,24 +7,6 @@
 
 constexpr uint32_t kWarps = 4, kThreads = kWarps * 32, kRows = kWarps * kWarpRows;
 
-template <typename T, template <typename, int, int, int> class Tile, int Tokens, int Stages>
-struct Pipeline {
-    using Weights = Tile<T, kRows, 1, kThreads>;
-    static constexpr uint32_t kInputs = Tokens * kTileRow, kStage = kInputs + Weights::kBytes;
-    static constexpr uint32_t kBytes = Stages * kStage;
-    const Params& p;
-    uint32_t shared, first_row, first_token;
-
-    __device__ __forceinline__ void copy(uint32_t step, uint32_t end) const {
-        if (step < end) {
-            const uint32_t stage = shared + step % Stages * kStage;
-            copy_tiles<Tokens, 1, kThreads>(stage, static_cast<const T*>(p.x), first_token, p.tokens, step * kSlice, p.k);
-            Weights::copy(p, stage + kInputs, first_row, step * kSlice);
-        }
-        ptx::commit_copies();
-    }
-};
-
 // Puts the sums into shared memory, where the low-rank branch is added and lanes find neighbouring outputs to store.
 template <typename T, int Groups>
 __device__ __forceinline__ void finish(const Params& p, uint8_t* memory, uint32_t first_row, uint32_t first_token, const float (&sums)[2][Groups][4]) {
@@ -52,30 +34,40 @@ __device__ __forceinline__ void finish(const Params& p, uint8_t* memory, uint32_
     }
 }
 
-template <typename T, template <typename, int, int, int> class Tile, int Tokens, int Stages>
+template <typename T, template <typename, int, int> class Tile, int Tokens, int Stages>
 __device__ __forceinline__ void matmul(const Params& p) {
-    using Pipe = Pipeline<T, Tile, Tokens, Stages>;
+    using Weights = Tile<T, kRows, kThreads>;
+    constexpr uint32_t kInputs = Tokens * kTileRow, kStage = kInputs + Weights::kBytes;
     extern __shared__ __align__(128) uint8_t memory[];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t shared = ptx::shared_address(memory), lane = threadIdx.x % 32, row = threadIdx.x / 32 * kWarpRows;
     const uint32_t token_tiles = (p.tokens - 1) / Tokens + 1;
     const uint32_t first_row = blockIdx.x / token_tiles * kRows, first_token = blockIdx.x % token_tiles * Tokens;
     const Range range((p.k + kSlice - 1) / kSlice, blockIdx.y, p.splits);
 
-    const Pipe pipe{p, ptx::shared_address(memory), first_row, first_token};
-    typename Pipe::Weights weights(p);
+    const RowCopier<Tokens, kTileRow, kThreads> inputs(p.x, first_token, p.tokens, p.k);
+    Weights weights(p, first_row, first_row + row);
+    const auto copy = [&](uint32_t slice) {
+        if (slice < range.end) {
+            const uint32_t stage = shared + slice % Stages * kStage;
+            inputs.copy(stage, slice, tile_offset);
+            weights.copy(stage + kInputs, slice);
+        }
+        ptx::commit_copies();
+    };
+
     float sums[2][Tokens / 8][4] = {};
 #pragma unroll
-    for (uint32_t i = 0; i < Stages - 1; ++i) pipe.copy(range.begin + i, range.end);
-    weights.fetch_scales(p, first_row + warp * kWarpRows, range.begin * kSlice, lane);
+    for (uint32_t i = 0; i < Stages - 1; ++i) copy(range.begin + i);
+    weights.fetch_scales(p, range.begin, lane);
 #pragma unroll 1
-    for (uint32_t step = range.begin; step < range.end; ++step) {
+    for (uint32_t slice = range.begin; slice < range.end; ++slice) {
         ptx::wait_copies<Stages - 2>();
         __syncthreads();
-        pipe.copy(step + Stages - 1, range.end);
-        const uint32_t inputs = pipe.shared + step % Stages * Pipe::kStage;
-        weights.begin(inputs + Pipe::kInputs, warp * kWarpRows, 0, lane);
-        weights.fetch_scales(p, first_row + warp * kWarpRows, (step + 1) * kSlice, lane);
-        multiply_slice<T>(weights, inputs, lane, sums);
+        copy(slice + Stages - 1);
+        const uint32_t stage = shared + slice % Stages * kStage;
+        weights.begin(p, stage + kInputs, slice, row, lane);
+        weights.fetch_scales(p, slice + 1, lane);
+        multiply_slice<T>(weights, stage, lane, sums);
     }
     ptx::wait_copies<0>();
     finish<T>(p, memory, first_row, first_token, sums);
@@ -85,7 +77,7 @@ __device__ __forceinline__ void matmul(const Params& p) {
 // codes in aligned pieces, one step at a time.
 template <typename T, bool Codes, int Tokens>
 __device__ __forceinline__ void matmul_ragged(const Params& p) {
-    using Weights = DenseTile<T, kRows, 1, kThreads>;
+    using Weights = DenseTile<T, kRows, kThreads>;
     extern __shared__ __align__(128) uint8_t memory[];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t token_tiles = (p.tokens - 1) / Tokens + 1;
@@ -93,7 +85,7 @@ __device__ __forceinline__ void matmul_ragged(const Params& p) {
     const Range range((p.k + kSlice - 1) / kSlice, blockIdx.y, p.splits);
 
     const WarpDecoder decoder(p.weight.codebook);
-    Weights weights(p);
+    Weights weights(p, first_row, 0);
     float sums[2][Tokens / 8][4] = {};
     uint8_t *inputs = memory, *tile = memory + Tokens * kTileRow;
 #pragma unroll 1
@@ -106,7 +98,7 @@ __device__ __forceinline__ void matmul_ragged(const Params& p) {
             fill_tile<kRows, kThreads>(tile, static_cast<const T*>(p.weight.data), first_row, p.n, step * kSlice, p.k);
         }
         __syncthreads();
-        weights.begin(ptx::shared_address(tile), warp * kWarpRows, 0, lane);
+        weights.begin(p, ptx::shared_address(tile), step, warp * kWarpRows, lane);
         multiply_slice<T>(weights, ptx::shared_address(inputs), lane, sums);
     }
     finish<T>(p, memory, first_row, first_token, sums);

@@ -25,11 +25,15 @@ struct Codes {
     static __device__ __forceinline__ uint64_t offset(uint64_t flat) { return flat / 2; }
     static __device__ __forceinline__ uint64_t bytes(uint64_t numel) { return (numel + 1) / 2; }
 
-    static __device__ __forceinline__ void load_scales(const Weight& w, const uint64_t (&flat)[kRows], float (&scales)[kRows]) {
+    using Scales = PendingAbsmax<kRows>;  // of a piece of each row
+    static __device__ __forceinline__ void request(const Weight& w, const uint64_t (&flat)[kRows], Scales& scales) {
         uint64_t block[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) block[r] = flat[r] >> w.block_shift;
-        w.absmax.load(block, scales);
+        scales.request(w.absmax, block);
+    }
+    static __device__ __forceinline__ void get(const Weight& w, const Scales& pending, float (&scales)[kRows]) {
+        pending.get(w.absmax, scales);
     }
 
     // Elements 4 group ... 4 group + 3 of a piece.
@@ -46,7 +50,9 @@ struct Elements {
     __device__ __forceinline__ explicit Elements(const Weight&) {}
     static __device__ __forceinline__ uint64_t offset(uint64_t flat) { return flat * sizeof(T); }
     static __device__ __forceinline__ uint64_t bytes(uint64_t numel) { return numel * sizeof(T); }
-    static __device__ __forceinline__ void load_scales(const Weight&, const uint64_t (&)[kRows], float (&)[kRows]) {}
+    struct Scales {};
+    static __device__ __forceinline__ void request(const Weight&, const uint64_t (&)[kRows], Scales&) {}
+    static __device__ __forceinline__ void get(const Weight&, const Scales&, float (&)[kRows]) {}
 
     __device__ __forceinline__ void decode(const uint4& piece, float, int group, float (&w)[4]) const {
         if constexpr (sizeof(T) == 4) {
@@ -78,7 +84,7 @@ struct Rows {
     }
 
     // The pieces that begin `at` elements from the row's first.
-    __device__ __forceinline__ void load(uint32_t at, uint4 (&pieces)[kRows], float (&scales)[kRows]) const {
+    __device__ __forceinline__ void load(uint32_t at, uint4 (&pieces)[kRows], typename Format::Scales& scales) const {
         const uint8_t* bytes = static_cast<const uint8_t*>(weight.data);
         uint64_t flat[kRows];
 #pragma unroll
@@ -93,7 +99,7 @@ struct Rows {
                 pieces[r] = ptx::load_stream16(bytes + Format::offset(flat[r]));
             }
         }
-        if (numel > 0) Format::load_scales(weight, flat, scales);
+        if (numel > 0) Format::request(weight, flat, scales);
     }
 };
 
@@ -104,7 +110,7 @@ struct Inputs;
 // Even rows: groups of four elements; group g of a lane's piece u is row u * (groups of a piece) + g, column lane.
 template <typename T, typename Format, int Tokens>
 struct Inputs<T, Format, Tokens, false> {
-    static constexpr uint32_t kGroups = Format::kElements / 4, kPitch = 33 * 4;
+    static constexpr uint32_t kGroups = Format::kElements / 4, kPitch = 32 * 4 + 32 / kGroups;
     alignas(16) float values[Tokens][kStep / 128 * kPitch];
 
     __device__ __forceinline__ void load(const Params& p, uint32_t first_token, uint32_t step) {
@@ -116,11 +122,12 @@ struct Inputs<T, Format, Tokens, false> {
             if (k < p.k && first_token + m < p.tokens) {
                 load_vector(static_cast<const T*>(p.x) + size_t(first_token + m) * p.k + k, x);
             }
-            *reinterpret_cast<float4*>(&values[m][row * kPitch + piece % 32 * 4]) = make_float4(x[0], x[1], x[2], x[3]);
+            ptx::store_shared16(ptx::shared_address(&values[m][row * kPitch + piece % 32 * 4]),
+                                make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
         }
     }
 
-    __device__ __forceinline__ float4 get(int m, uint32_t piece, int group, uint32_t lane) const {
+    __device__ __forceinline__ float4 get(int m, uint32_t piece, uint32_t group, uint32_t lane) const {
         return *reinterpret_cast<const float4*>(&values[m][(piece * kGroups + group) * kPitch + lane * 4]);
     }
 };
@@ -146,42 +153,49 @@ struct Inputs<T, Format, Tokens, true> {
     __device__ __forceinline__ float get(int m, uint32_t i) const { return values[m][i + i / 32]; }
 };
 
-// sums[r][m] += piece r . x[m], the products of one piece of each row.
+// sums[r][m] += piece r . x[m], the products of one piece of each row, which is used up. The loop over halves of a piece of
+// codes stays a loop: unrolled, it takes twice the registers.
 template <typename T, typename Format, int Tokens, bool Ragged>
 __device__ __forceinline__ void multiply(const Params& p, const Format& format, const Rows<Format, Ragged>& rows,
-                                         const Inputs<T, Format, Tokens, Ragged>& inputs, const uint4 (&pieces)[kRows],
+                                         const Inputs<T, Format, Tokens, Ragged>& inputs, uint4 (&pieces)[kRows],
                                          const float (&scales)[kRows], uint32_t step, uint32_t piece, uint32_t lane,
                                          float (&sums)[kRows * Tokens]) {
+    constexpr uint32_t kGroups = Format::kElements / 4, kAtOnce = kGroups < 4 ? kGroups : 4;
+#pragma unroll 1
+    for (uint32_t first = 0; first < kGroups; first += kAtOnce) {
 #pragma unroll
-    for (int group = 0; group < Format::kElements / 4; ++group) {
-        float x[Tokens][4];
-        if constexpr (!Ragged) {
+        for (int group = 0; group < kAtOnce; ++group) {
+            float x[Tokens][4];
+            if constexpr (!Ragged) {
 #pragma unroll
-            for (int m = 0; m < Tokens; ++m) {
-                const float4 four = inputs.get(m, piece, group, lane);
-                x[m][0] = four.x, x[m][1] = four.y, x[m][2] = four.z, x[m][3] = four.w;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            float w[4];
-            format.decode(pieces[r], scales[r], group, w);
-            if constexpr (Ragged) {
-                const uint32_t i = (piece * 32 + lane) * Format::kElements + group * 4 + inputs.kBefore - rows.lead[r];
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const uint32_t k = step * kStep + i + e - inputs.kBefore;
-                    w[e] = k < p.k ? w[e] : 0.0f;
-#pragma unroll
-                    for (int m = 0; m < Tokens; ++m) x[m][e] = inputs.get(m, i + e);
+                for (int m = 0; m < Tokens; ++m) {
+                    const float4 four = inputs.get(m, piece, first + group, lane);
+                    x[m][0] = four.x, x[m][1] = four.y, x[m][2] = four.z, x[m][3] = four.w;
                 }
             }
 #pragma unroll
-            for (int m = 0; m < Tokens; ++m) {
+            for (int r = 0; r < kRows; ++r) {
+                float w[4];
+                format.decode(pieces[r], scales[r], group, w);
+                if constexpr (Ragged) {
+                    const uint32_t at = (piece * 32 + lane) * Format::kElements + (first + group) * 4 + inputs.kBefore - rows.lead[r];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sums[r * Tokens + m] = fmaf(x[m][e], w[e], sums[r * Tokens + m]);
+                    for (int e = 0; e < 4; ++e) {
+                        const uint32_t k = step * kStep + at + e - inputs.kBefore;
+                        w[e] = k < p.k ? w[e] : 0.0f;
+#pragma unroll
+                        for (int m = 0; m < Tokens; ++m) x[m][e] = inputs.get(m, at + e);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < Tokens; ++m) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sums[r * Tokens + m] = fmaf(x[m][e], w[e], sums[r * Tokens + m]);
+                }
             }
         }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) pieces[r].x = pieces[r].z, pieces[r].y = pieces[r].w;
     }
 }
 
@@ -202,7 +216,8 @@ __device__ __forceinline__ void matvec(const Params& p) {
 
     float sums[kRows * Tokens] = {};
     uint4 pieces[kRows], next[kRows];
-    float scales[kRows], next_scales[kRows];
+    float scales[kRows];
+    typename Format::Scales next_scales;
     rows.load(at(range.begin * kPieces), next, next_scales);
     for (uint32_t step = range.begin; step < range.end; ++step) {
         __syncthreads();
@@ -211,7 +226,12 @@ __device__ __forceinline__ void matvec(const Params& p) {
 #pragma unroll 1
         for (uint32_t piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) pieces[r] = next[r], scales[r] = next_scales[r];
+            for (int r = 0; r < kRows; ++r) pieces[r] = next[r];
+            Format::get(p.weight, next_scales, scales);
+            if (!Ragged && at(step * kPieces + piece) >= p.k) {
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) scales[r] = 0.0f;  // what was read may be NaN
+            }
             rows.load(at(step * kPieces + piece + 1), next, next_scales);
             multiply(p, format, rows, inputs, pieces, scales, step, piece, lane, sums);
         }
@@ -233,16 +253,16 @@ __device__ __forceinline__ void matvec(const Params& p) {
     }
 }
 
-#define ENTRY(NAME, T, FORMAT, TOKENS, RAGGED)                                                             \
-    extern "C" __global__ void __launch_bounds__(kThreads) NAME(const __grid_constant__ Params p) { \
-        matvec<T, FORMAT, TOKENS, RAGGED>(p);                                                              \
+#define ENTRY(NAME, BLOCKS, ...)                                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) NAME(const __grid_constant__ Params p) { \
+        matvec<__VA_ARGS__>(p);                                                                             \
     }
-#define TILES(KIND, T, FORMAT)                                        \
-    ENTRY(matvec_##KIND##_##T##_t1, T, FORMAT, 1, false)              \
-    ENTRY(matvec_##KIND##_##T##_t4, T, FORMAT, 4, false)              \
-    ENTRY(matvec_##KIND##_##T##_t8, T, FORMAT, 8, false)              \
-    ENTRY(matvec_##KIND##_##T##_t1_ragged, T, FORMAT, 1, true)        \
-    ENTRY(matvec_##KIND##_##T##_t4_ragged, T, FORMAT, 4, true)
+#define TILES(KIND, T, FORMAT)                                     \
+    ENTRY(matvec_##KIND##_##T##_t1, 3, T, FORMAT, 1, false)        \
+    ENTRY(matvec_##KIND##_##T##_t4, 2, T, FORMAT, 4, false)        \
+    ENTRY(matvec_##KIND##_##T##_t8, 1, T, FORMAT, 8, false)        \
+    ENTRY(matvec_##KIND##_##T##_t1_ragged, 1, T, FORMAT, 1, true)  \
+    ENTRY(matvec_##KIND##_##T##_t4_ragged, 1, T, FORMAT, 4, true)
 
 typedef float f32;
 TILES(nf4, f32, Codes)

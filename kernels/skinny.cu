@@ -14,34 +14,38 @@
 #include "tile.cuh"
 
 constexpr uint32_t kWarps = 8, kThreads = kWarps * 32, kRows = kWarpRows, kStages = 6;
-constexpr uint32_t kStageBytes = kRows * kSlice / 2;  // of a warp
+constexpr uint32_t kWarpBytes = kRows * kSlice / 2, kStageBytes = kWarps * kWarpBytes;
 
 // Every pair of elements that a byte stands for, for each bank. Lane l reads column l: no two lanes meet in a bank.
 struct Pairs {
     uint32_t of_byte[256][32];
 
+    // A lane makes the pair of one byte and stores it eight times four columns wide, each time at another place than the
+    // seven lanes that shared memory serves together with it.
     template <typename T>
-    __device__ __forceinline__ void build(const Codebook& codebook, uint32_t warp, uint32_t lane) {
+    __device__ __forceinline__ void build(const Codebook& codebook, uint32_t lane) {
+        static_assert(kThreads == 256, "a thread for every byte");
         const WarpDecoder values(codebook);
-        for (uint32_t byte = warp; byte < 256; byte += kWarps) {
-            // The element at the lower address sits in the high nibble and becomes the low half of the pair.
-            const float first = __shfl_sync(kAllLanes, values.mine, byte >> 4, 16);
-            const float second = __shfl_sync(kAllLanes, values.mine, byte & 15, 16);
-            of_byte[byte][lane] = Pair<T>::pack(first, second);
-        }
+        // The element at the lower address sits in the high nibble and becomes the low half of the pair.
+        const float first = __shfl_sync(kAllLanes, values.mine, threadIdx.x >> 4, 16);
+        const float second = __shfl_sync(kAllLanes, values.mine, threadIdx.x & 15, 16);
+        const uint32_t pair = Pair<T>::pack(first, second);
+        const uint32_t row = ptx::shared_address(of_byte[threadIdx.x]);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) ptx::store_shared16(row + (lane + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
     }
 
     // The pair of byte `i` of `codes`: a shift, a mask with the lane's column put in, a load.
     __device__ __forceinline__ uint32_t look_up(uint32_t codes, int i, uint32_t lane) const {
         const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
-        const uint32_t offset = (shifted & (0xff << 7)) | lane * 4;
+        const uint32_t offset = ptx::and_or(shifted, 0xff << 7, lane * 4);
         return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(of_byte) + offset);
     }
 };
 
 struct Memory {
     Pairs pairs;
-    alignas(16) uint8_t codes[kStages][kWarps][kStageBytes];
+    alignas(16) uint8_t codes[kStages][kWarps][kWarpBytes];
 };
 static_assert(sizeof(Memory) == 81920, "src/cuda/matmul.rs asks for this");
 
@@ -49,20 +53,27 @@ static_assert(sizeof(Memory) == 81920, "src/cuda/matmul.rs asks for this");
 template <typename T, int Groups>
 struct Walk {
     const Params& p;
-    uint32_t shared;  // address of the warp's codes of stage 0
-    uint32_t first_row, first_token, lane;
-    const uint8_t* source[2];  // the lane's share of a slice's codes: 16 bytes of two rows
-    bool has_source[2];
+    uint32_t shared, lane;     // address of the warp's codes of stage 0
+    const uint8_t* codes[2];   // the lane's chunk of slice 0 in rows l / 2 and 16 + l / 2
+    const T* inputs[Groups];   // the lane's x of slice 0, tokens g, g + 8
+    bool has_input[Groups];
+    RowBlocks blocks;          // from row g on
     uint4 x[Groups][2], next_x[Groups][2];
-    float scales[4], next_scales[4];
+    PendingAbsmax<4> absmax, next_absmax;
 
+    // Rows past the end repeat the last one: nobody looks at what is made of them.
     __device__ __forceinline__ Walk(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_token, uint32_t lane)
-        : p(p), shared(shared), first_row(first_row), first_token(first_token), lane(lane) {
+        : p(p), shared(shared), lane(lane), blocks(p, first_row + lane / 4) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t row = first_row + i * 16 + lane / 2;
-            has_source[i] = row < p.n;
-            source[i] = static_cast<const uint8_t*>(p.weight.data) + (has_source[i] ? uint64_t(row) * p.k / 2 + lane % 2 * 16 : 0);
+            const uint64_t row = min(first_row + i * 16 + lane / 2, p.n - 1);
+            codes[i] = static_cast<const uint8_t*>(p.weight.data) + row * (p.k / 2) + lane % 2 * 16;
+        }
+#pragma unroll
+        for (int m = 0; m < Groups; ++m) {
+            const uint32_t token = first_token + m * 8 + lane / 4;
+            has_input[m] = token < p.tokens;
+            inputs[m] = static_cast<const T*>(p.x) + (has_input[m] ? size_t(token) * p.k : 0) + lane % 4 * 16;
         }
     }
 
@@ -70,10 +81,7 @@ struct Walk {
     __device__ __forceinline__ void copy(uint32_t slice, uint32_t end, uint32_t stage) const {
         if (slice < end) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const bool inside = has_source[i];
-                ptx::copy_async16(shared + stage * kWarps * kStageBytes + i * 512 + lane * 16, source[i] + (inside ? slice * (kSlice / 2) : 0), inside ? 16 : 0);
-            }
+            for (int i = 0; i < 2; ++i) ptx::copy_async16(shared + stage + i * 512 + lane * 16, codes[i] + slice * (kSlice / 2));
         }
         ptx::commit_copies();
     }
@@ -84,29 +92,21 @@ struct Walk {
         const uint32_t k = slice * kSlice;
 #pragma unroll
         for (int m = 0; m < Groups; ++m) {
-            const uint32_t token = first_token + m * 8 + lane / 4;
-            const T* from = static_cast<const T*>(p.x) + size_t(token) * p.k + k + lane % 4 * 16;
+            const uint4* from = reinterpret_cast<const uint4*>(inputs[m] + k);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                next_x[m][half] = token < p.tokens ? *reinterpret_cast<const uint4*>(from + half * 8) : make_uint4(0, 0, 0, 0);
-            }
+            for (int half = 0; half < 2; ++half) next_x[m][half] = has_input[m] ? from[half] : make_uint4(0, 0, 0, 0);
         }
         uint64_t block[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t row = first_row + i * 8 + lane / 4;
-            block[i] = row < p.n ? (uint64_t(row) * p.k + k) >> p.weight.block_shift : 0;
-        }
-        p.weight.absmax.load(block, next_scales);
+        for (int i = 0; i < 4; ++i) block[i] = blocks.find(p, i * 8, k);
+        next_absmax.request(p.weight.absmax, block);
     }
 
     // The products of a slice, of which everything has come.
     __device__ __forceinline__ void multiply(const Pairs& pairs, uint32_t stage, float (&sums)[2][Groups][4]) const {
-        uint2 codes[4];
+        uint2 row[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            codes[i] = ptx::load_shared8(shared + stage * kWarps * kStageBytes + (i * 8 + lane / 4) * (kSlice / 2) + lane % 4 * 8);
-        }
+        for (int i = 0; i < 4; ++i) row[i] = ptx::load_shared8(shared + stage + i * 256 + lane * 8);
         float slice[2][Groups][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -115,7 +115,7 @@ struct Walk {
             for (int i = 0; i < 4; ++i) {
                 uint32_t elements[4];
 #pragma unroll
-                for (int b = 0; b < 4; ++b) elements[b] = pairs.look_up(half == 0 ? codes[i].x : codes[i].y, b, lane);
+                for (int b = 0; b < 4; ++b) elements[b] = pairs.look_up(half == 0 ? row[i].x : row[i].y, b, lane);
                 w.set(i / 2, i % 2, elements);
             }
 #pragma unroll
@@ -127,6 +127,8 @@ struct Walk {
                 }
             }
         }
+        float scales[4];
+        absmax.get(p.weight.absmax, scales);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -154,25 +156,24 @@ __device__ __forceinline__ void skinny(const Params& p) {
     Walk<T, Groups> walk(p, ptx::shared_address(memory.codes[0][warp]), first_row, first_token, lane);
     uint32_t slice = range.begin * kWarps + warp;
 #pragma unroll
-    for (uint32_t i = 0; i < kStages - 1; ++i) walk.copy(slice + i * kWarps, end, i);
+    for (uint32_t i = 0; i < kStages - 1; ++i) walk.copy(slice + i * kWarps, end, i * kStageBytes);
     walk.fetch(slice, end);
-    memory.pairs.build<T>(p.weight.codebook, warp, lane);
+    memory.pairs.build<T>(p.weight.codebook, lane);
     __syncthreads();
 
     float sums[2][Groups][4] = {};
-    uint32_t stage = 0;
+    uint32_t stage = 0;  // its offset
 #pragma unroll 1
     for (; slice < end; slice += kWarps) {
         ptx::wait_copies<kStages - 2>();
         __syncwarp();
-        walk.copy(slice + (kStages - 1) * kWarps, end, stage == 0 ? kStages - 1 : stage - 1);
+        walk.copy(slice + (kStages - 1) * kWarps, end, (stage == 0 ? kStages * kStageBytes : stage) - kStageBytes);
 #pragma unroll
         for (int m = 0; m < Groups; ++m) walk.x[m][0] = walk.next_x[m][0], walk.x[m][1] = walk.next_x[m][1];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) walk.scales[i] = walk.next_scales[i];
+        walk.absmax = walk.next_absmax;
         walk.fetch(slice + kWarps, end);
         walk.multiply(memory.pairs, stage, sums);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
     }
     ptx::wait_copies<0>();
     __syncthreads();

@@ -11,7 +11,7 @@ use lora_kernels::cuda::matmul::{self, Extras, Rounding, WeightFormat};
 use lora_kernels::cuda::{AdapterTable, LowRank};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, DYNAMIC_MAP, NestedAbsmax, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element, Error};
-use lora_kernels_devices::Device;
+use lora_kernels_devices::{Device, Spec};
 use products::{Adapter, DeviceWeight, Factors, Numbers, Problem, Weight, same};
 
 const TOKENS: [usize; 22] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 33, 64, 65, 133];
@@ -304,13 +304,15 @@ fn a_wrong_adapter_makes_its_token_nan_and_no_other() {
 #[test]
 fn nan_blocks_do_not_leak() {
     fn check<T: Element>(device: &Device) {
-        for (tokens, k) in [(2, 128), (2, 100), (20, 96), (20, 50)] {
+        for (tokens, k, block) in
+            [(2, 128, 7), (2, 100, 0), (2, 96, 0), (2, 100, 7), (20, 96, 0), (20, 96, 7), (20, 50, 7)]
+        {
             let n = 35;
             let mut problem = Problem::<T>::nf4(tokens, n, k, 64);
             let Weight::Nf4(nf4) = &problem.weight else { unreachable!() };
             let Absmax::Plain(mut absmax) = nf4.absmax().clone() else { unreachable!() };
-            absmax[7] = f32::NAN;
-            let rows = 7 * 64 / k..=(7 * 64 + 63) / k;
+            absmax[block] = f32::NAN;
+            let rows = block * 64 / k..=(block * 64 + 63) / k;
             let nf4 = Nf4Matrix::from_parts(
                 [n, k],
                 nf4.packed().to_vec(),
@@ -328,6 +330,89 @@ fn nan_blocks_do_not_leak() {
     }
     let device = Device::best();
     each_type!(check(&device));
+}
+
+/// A device that needs no splits, and that a few outputs fill.
+fn small(spec: Spec) -> Device {
+    Device::emulate(Spec { sm_count: 1, ..spec })
+}
+
+/// What the plans that only many multiprocessors or many tokens call for compute.
+#[test]
+fn large_tiles() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, n, k) in [(65, 129, 96), (133, 140, 64), (256, 30, 160)] {
+            for problem in [Problem::<T>::nf4(tokens, n, k, 64), Problem::dense(tokens, n, k)] {
+                let outcome = problem.with_bias_and_scale().with_adapters(&[20, 3]).run_and_check(device);
+                assert_eq!(outcome.plan.tile.tokens, if T::DTYPE == DType::F32 { 8 } else { 128 });
+            }
+        }
+    }
+    each_type!(check(&small(Spec::a100())));
+}
+
+/// Hopper has PTX of its own. It computes the same bits.
+#[test]
+fn both_targets_compute_the_same() {
+    fn check<T: Element>(a100: &Device, h200: &Device) {
+        for (tokens, k) in
+            [(1, 128), (3, 70), (8, 96), (9, 64), (14, 128), (24, 96), (40, 33), (70, 64), (133, 96)]
+        {
+            let dense = Problem::<T>::dense(tokens, 45, k).with_adapters(&[4, 17]).with_bias_and_scale();
+            let nf4 = dense.clone().in_4_bits(64, &Codebook::nf4(), Nesting::Nested);
+            for problem in [dense, nf4] {
+                let (here, there) = (problem.run(a100), problem.run(h200));
+                assert_eq!(*here.plan, *there.plan);
+                assert!(same(&here.y, &there.y), "{:?}", here.plan);
+            }
+        }
+    }
+    let h200 = Spec { sm_count: Spec::a100().sm_count, ..Spec::h200() };
+    each_type!(check(&Device::emulator(), &Device::emulate(h200.clone())));
+    each_type!(check(&small(Spec::a100()), &small(Spec::h200())));
+}
+
+/// What decides how fast a kernel can be, counted: the bytes of W are read once and in whole sectors, no banks conflict,
+/// and instructions per weight leave room to read at the speed of memory.
+#[test]
+fn counts() {
+    fn count<T: Element>(problem: Problem<T>, entry: &str, instructions: f64) {
+        let (device, weights) = (small(Spec::a100()), (problem.n * problem.k) as f64);
+        let outcome = problem.run(&device);
+        let (plan, counters) = (outcome.plan, outcome.counters.unwrap());
+        assert_eq!((plan.kernel.unwrap().entry, plan.splits), (entry, 1));
+        assert_eq!(counters.local_accesses, 0);
+        assert_eq!(counters.shared_loads.conflicts, 0, "{entry}: {counters}");
+        // The last sums of `matvec` are written by the lanes that have them.
+        let spare = if plan.kernel.unwrap().module == "matvec" { counters.blocks * 64 } else { 0 };
+        assert!(counters.shared_stores.conflicts <= spare, "{entry}: {counters}");
+        assert_eq!(counters.global_stores.sector_ratio(), 1.0, "{entry}: {counters}");
+
+        // W and its absmax, x, y, all once: nothing else comes from memory, but for the corners of sectors.
+        let size = T::DTYPE.size();
+        let weight = match &problem.weight {
+            Weight::Dense(_) => problem.n * problem.k * size,
+            Weight::Nf4(nf4) => nf4.packed().len() + nf4.absmax().len() * 4,
+        };
+        let wanted = (weight + problem.tokens * problem.k * size) as f64;
+        let moved = 32.0 * counters.global_loads.distinct_sectors as f64;
+        assert!(moved >= wanted && moved <= 1.01 * wanted, "{entry} reads {moved} bytes, wanted {wanted}");
+
+        let got = counters.total().threads as f64 / weights;
+        assert!(got <= instructions, "{entry} takes {got:.2} instructions per weight, not {instructions}");
+    }
+    // PTX counts register moves that are no instructions of the machine: about a sixth.
+    count(Problem::<bf16>::nf4(1, 64, 8192, 64), "skinny_nf4_bf16_t8", 5.0);
+    count(Problem::<f16>::nf4(8, 64, 8192, 64), "skinny_nf4_f16_t8", 5.0);
+    count(Problem::<bf16>::nf4(16, 64, 8192, 64), "skinny_nf4_bf16_t16", 6.5);
+    count(Problem::<f32>::nf4(1, 64, 8192, 64), "matvec_nf4_f32_t1", 7.0);
+    count(Problem::<f32>::nf4(8, 64, 8192, 64), "matvec_nf4_f32_t8", 16.0);
+    count(Problem::<bf16>::dense(1, 64, 8192), "matvec_dense_bf16_t1", 7.0);
+    count(Problem::<bf16>::dense(8, 64, 8192), "matvec_dense_bf16_t8", 17.0);
+    count(Problem::<bf16>::nf4(24, 256, 1024, 64), "matmul_nf4_bf16_t32", 9.0);
+    count(Problem::<bf16>::nf4(64, 128, 2048, 64), "matmul_nf4_bf16_t64", 11.0);
+    count(Problem::<f16>::nf4(128, 128, 1024, 64), "matmul_nf4_f16_t128", 17.0);
+    count(Problem::<bf16>::dense(64, 128, 1024), "matmul_dense_bf16_t64", 5.0);
 }
 
 fn problem_of<T: Element, A: Element>(x: &[f32], n: usize, k: usize, weight: Weight<T>) -> Problem<T, A> {

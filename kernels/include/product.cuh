@@ -28,6 +28,53 @@ struct Params {
 };
 static_assert(sizeof(Params) == 224, "the Rust twin has this size");
 
+// The blocks of 4-bit codes that a lane's rows lie in: `row`, and others that follow it. Rows past the end repeat the last.
+struct RowBlocks {
+    uint64_t flat;  // where the first row begins
+    uint32_t last;  // rows that follow the first
+
+    __device__ __forceinline__ RowBlocks(const Params& p, uint32_t row) {
+        last = p.n - 1 - min(row, p.n - 1);
+        flat = uint64_t(p.n - 1 - last) * p.k;
+    }
+
+    __device__ __forceinline__ uint64_t find(const Params& p, uint32_t following, uint32_t k) const {
+        return (flat + uint64_t(min(following, last)) * p.k + k) >> p.weight.block_shift;
+    }
+};
+
+// The absmax of some blocks on their way from memory. A nested one takes two loads, one after the other; the second, from
+// a table that lies in L1, is put off until the value is asked for.
+template <int Count>
+struct PendingAbsmax {
+    float value[Count];  // or the outer absmax
+    uint32_t code[Count];
+
+    __device__ __forceinline__ void request(const Absmax& absmax, const uint64_t (&block)[Count]) {
+        if (absmax.plain != nullptr) {
+#pragma unroll
+            for (int i = 0; i < Count; ++i) value[i] = __ldg(absmax.plain + block[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < Count; ++i) {
+                code[i] = __ldg(absmax.q + block[i]);
+                value[i] = __ldg(absmax.nested + (block[i] >> absmax.nested_shift));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void get(const Absmax& absmax, float (&scales)[Count]) const {
+        if (absmax.plain != nullptr) {
+#pragma unroll
+            for (int i = 0; i < Count; ++i) scales[i] = value[i];
+        } else {
+            const float offset = __ldg(absmax.offset);
+#pragma unroll
+            for (int i = 0; i < Count; ++i) scales[i] = __fadd_rn(__fmul_rn(__ldg(absmax.map + code[i]), value[i]), offset);
+        }
+    }
+};
+
 // The part of `steps` steps that this block sums: all splits are as long, but for a remainder at the end.
 struct Range {
     uint32_t begin, end;

@@ -15,6 +15,10 @@ __device__ __forceinline__ void copy_async16(uint32_t shared, const void* global
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void copy_async16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Closes the group of the copies that this thread has issued so far.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -36,6 +40,10 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Reads 16 bytes that are read once: they do not stay in L1, and their 128-byte line is fetched to L2.
 __device__ __forceinline__ uint4 load_stream16(const void* global) {
     uint4 v;
@@ -45,9 +53,11 @@ __device__ __forceinline__ uint4 load_stream16(const void* global) {
     return v;
 }
 
-// Byte `i` of the result is byte `(selector >> 4 i) & 7` of `high:low`.
-__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
-    return __byte_perm(low, high, selector);
+// (a & mask) | b, in one instruction whatever is known of b.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+    return d;
 }
 
 // `d += a b^T` for a [16, 16] and b [8, 16] of bf16, d [16, 8] of f32. Lane (g, t) = (lane / 4, lane % 4) holds

@@ -61,40 +61,53 @@ __device__ __forceinline__ void multiply(const Operands& w, uint32_t x, uint32_t
     }
 }
 
-// Copies rows of 16-bit elements to consecutive tiles of `Rows` rows and one slice each, zeros outside.
-template <int Rows, int Slices, int Threads, typename T>
-__device__ __forceinline__ void copy_tiles(uint32_t shared, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_k, uint32_t k) {
-    constexpr uint32_t kChunks = 8 * Slices;  // of a row
-#pragma unroll
-    for (uint32_t i = threadIdx.x; i < Rows * kChunks; i += Threads) {
-        const uint32_t row = i / kChunks, slice = i % kChunks / 8, chunk = i % 8;
-        const uint32_t at = first_k + i % kChunks * 8;
-        const bool inside = first_row + row < rows && at < k;
-        const T* from = inside ? matrix + size_t(first_row + row) * k + at : matrix;
-        ptx::copy_async16(shared + slice * Rows * kTileRow + tile_offset(row, chunk), from, inside ? 16 : 0);
-    }
-}
+// Copies a slice of `Rows` rows of a matrix to shared memory, `RowBytes` of each, in chunks of 16 bytes. A thread copies
+// the same chunk of every few rows. Rows past the end repeat the last one: nobody looks at what is made of them. Columns
+// past the end become zero.
+template <int Rows, int RowBytes, int Threads>
+struct RowCopier {
+    static constexpr uint32_t kChunks = RowBytes / 16, kStride = Threads / kChunks, kElements = kSlice / kChunks;
+    const uint8_t* from;  // the thread's chunk of slice 0 in its first row
+    uint32_t pitch;       // bytes from row to row
+    uint32_t last;        // rows that follow the thread's first
+    uint32_t end;         // the chunk lies outside from this slice on
 
-// The weights of a block as the pipeline sees them: how a step's share is copied to shared memory, and how a warp makes
-// operands of one slice of it. `Rows` rows, `Slices` slices per step.
+    __device__ __forceinline__ RowCopier(const void* matrix, uint32_t first_row, uint32_t rows, uint32_t k) {
+        const uint32_t row = min(first_row + threadIdx.x / kChunks, rows - 1), chunk = threadIdx.x % kChunks;
+        pitch = k / kElements * 16;
+        from = static_cast<const uint8_t*>(matrix) + uint64_t(row) * pitch + chunk * 16;
+        last = rows - 1 - row;
+        end = (k - chunk * kElements + kSlice - 1) / kSlice;
+        if (chunk * kElements >= k) end = 0;
+    }
+
+    // `offset(row, chunk)` is the chunk's place in the tile, and grows evenly with every `kStride` rows.
+    template <typename Offset>
+    __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice, Offset offset) const {
+        const uint32_t row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, bytes = slice < end ? 16 : 0;
+#pragma unroll
+        for (uint32_t i = 0; i < Rows; i += kStride) {
+            const uint8_t* at = from + uint64_t(min(i, last)) * pitch + slice * RowBytes;
+            ptx::copy_async16(shared + offset(row, chunk) + i * RowBytes, slice < end ? at : from, bytes);
+        }
+    }
+};
+
+// The weights of a block as the pipeline sees them: how a slice of `Rows` rows is copied to shared memory, and how a warp
+// makes operands of it.
 //
 // Dense weights of x's type.
-template <typename T, int Rows, int Slices, int Threads>
+template <typename T, int Rows, int Threads>
 struct DenseTile {
-    static constexpr uint32_t kBytes = Rows * Slices * kTileRow;
-    static constexpr bool kScalesSums = false;
-    uint32_t rows;  // shared address of the warp's rows in the step's tile
+    static constexpr uint32_t kBytes = Rows * kTileRow;
+    RowCopier<Rows, kTileRow, Threads> copier;
+    uint32_t rows;  // shared address of the warp's rows
 
-    __device__ __forceinline__ explicit DenseTile(const Params&) {}
-    __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t, uint32_t) {}
+    __device__ __forceinline__ DenseTile(const Params& p, uint32_t first_row, uint32_t) : copier(p.weight.data, first_row, p.n, p.k) {}
 
-    static __device__ __forceinline__ void copy(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_k) {
-        copy_tiles<Rows, Slices, Threads>(shared, static_cast<const T*>(p.weight.data), first_row, p.n, first_k, p.k);
-    }
-
-    __device__ __forceinline__ void begin(uint32_t shared, uint32_t row, uint32_t slice, uint32_t) {
-        rows = shared + slice * Rows * kTileRow + row * kTileRow;
-    }
+    __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice) const { copier.copy(shared, slice, tile_offset); }
+    __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t) {}
+    __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t row, uint32_t) { rows = shared + row * kTileRow; }
 
     __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t lane) const {
 #pragma unroll
@@ -107,53 +120,40 @@ struct DenseTile {
 };
 
 // 4-bit codes, decoded to what the reference has: round_T(value * absmax).
-template <typename T, int Rows, int Slices, int Threads>
+template <typename T, int Rows, int Threads>
 struct CodeTile {
-    static constexpr uint32_t kBytes = Rows * Slices * kSlice / 2;
-    static constexpr bool kScalesSums = false;
+    static constexpr uint32_t kRowBytes = kSlice / 2, kBytes = Rows * kRowBytes;
+    RowCopier<Rows, kRowBytes, Threads> copier;
     WarpDecoder decoder;
-    uint2 codes[4];          // of the rows g, g + 8, g + 16, g + 24: 16 each
-    float scales[4], next[4];
+    RowBlocks blocks;  // from the lane's row g on
+    uint2 codes[4];    // of the rows g, g + 8, g + 16, g + 24: 16 each
+    PendingAbsmax<4> next;
+    float scales[4];
 
-    __device__ __forceinline__ explicit CodeTile(const Params& p) : decoder(p.weight.codebook) {}
+    // `row` is the warp's first.
+    __device__ __forceinline__ CodeTile(const Params& p, uint32_t first_row, uint32_t row)
+        : copier(p.weight.data, first_row, p.n, p.k), decoder(p.weight.codebook), blocks(p, row + threadIdx.x % 32 / 4) {}
 
-    // The absmax of the blocks that the lane's codes lie in.
-    __device__ __forceinline__ void fetch_scales(const Params& p, uint32_t row, uint32_t first_k, uint32_t lane) {
+    // Requests the absmax of the blocks that the lane's codes of a slice lie in.
+    __device__ __forceinline__ void fetch_scales(const Params& p, uint32_t slice, uint32_t lane) {
+        const uint32_t k = slice * kSlice + lane % 4 * 16;
         uint64_t block[4];
-        const uint32_t k = first_k + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) block[i] = blocks.find(p, i * 8, k < p.k ? k : 0);
+        next.request(p.weight.absmax, block);
+    }
+
+    __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice) const {
+        copier.copy(shared, slice, [](uint32_t row, uint32_t chunk) { return row * kRowBytes + chunk * 16; });
+    }
+
+    __device__ __forceinline__ void begin(const Params& p, uint32_t shared, uint32_t slice, uint32_t row, uint32_t lane) {
+        const bool inside = slice * kSlice + lane % 4 * 16 < p.k;
+        next.get(p.weight.absmax, scales);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint32_t r = row + i * 8 + lane / 4;
-            block[i] = k < p.k && r < p.n ? (uint64_t(r) * p.k + k) >> p.weight.block_shift : 0;
-        }
-        p.weight.absmax.load(block, next);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) next[i] = k < p.k ? next[i] : 0.0f;
-    }
-
-    static __device__ __forceinline__ void copy(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_k) {
-        constexpr uint32_t kChunks = 2 * Slices;  // of a row: 32 codes each
-#pragma unroll
-        for (uint32_t i = threadIdx.x; i < Rows * kChunks; i += Threads) {
-            const uint32_t row = i / kChunks, at = first_k + i % kChunks * 32;
-            const bool inside = first_row + row < p.n && at < p.k;
-            const uint8_t* packed = static_cast<const uint8_t*>(p.weight.data);
-            const uint8_t* from = inside ? packed + (uint64_t(first_row + row) * p.k + at) / 2 : packed;
-            ptx::copy_async16(shared + offset(row, i % kChunks / 2) + i % 2 * 16, from, inside ? 16 : 0);
-        }
-    }
-
-    // The codes of a row and slice. Four rows of one slice, which shared memory serves at a time, lie in different banks.
-    static __device__ __forceinline__ uint32_t offset(uint32_t row, uint32_t slice) {
-        static_assert(Slices == 1 || Slices % 4 == 0, "four rows of a slice fill 128 bytes");
-        return (row * Slices + (Slices == 1 ? 0 : slice ^ (row & 3))) * (kSlice / 2);
-    }
-
-    __device__ __forceinline__ void begin(uint32_t shared, uint32_t row, uint32_t slice, uint32_t lane) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            codes[i] = ptx::load_shared8(shared + offset(row + i * 8 + lane / 4, slice) + lane % 4 * 8);
-            scales[i] = next[i];
+            codes[i] = ptx::load_shared8(shared + (row + i * 8 + lane / 4) * kRowBytes + lane % 4 * 8);
+            scales[i] = inside ? scales[i] : 0.0f;
         }
     }
 
