@@ -86,7 +86,7 @@ impl Plan {
     }
 
     /// Quantises `absmax` `[count]` to indexes into `map` `[256]`, ascending values
-    /// ([`DYNAMIC_MAP`](crate::nf4::DYNAMIC_MAP)). `workspace` is [`Plan::workspace_bytes`] long and aligned to 8.
+    /// ([`DYNAMIC_MAP`](crate::nf4::DYNAMIC_MAP)). `workspace` is `Plan::workspace_bytes()` long and aligned to 8.
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) for views of the wrong length, alignment or device, [`Error::Device`](crate::Error::Device) when a launch fails.

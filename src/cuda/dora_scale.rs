@@ -125,7 +125,7 @@ impl Plan {
     }
 
     /// Computes `row_scale` `[n]` of a dense `weight` `[n, k]`, aligned to 16 bytes, and `magnitude` `[n]`. `workspace` is
-    /// [`Plan::workspace_bytes`] long and aligned to 4.
+    /// `Plan::workspace_bytes()` long and aligned to 4.
     ///
     /// # Errors
     /// [`Error::Argument`] for views that are not as the plan's shape says, more than

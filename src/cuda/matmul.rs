@@ -381,7 +381,7 @@ fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
 
 impl Plan {
     /// Computes `y` `[tokens, n]` from `x` `[tokens, k]`; both, and a dense W, are aligned to 16 bytes. `workspace` has
-    /// [`Plan::workspace_bytes`] or more, aligned to 16; what it holds does not matter, before or after.
+    /// `Plan::workspace_bytes()` or more, aligned to 16; what it holds does not matter, before or after.
     ///
     /// # Errors
     /// [`Error::Argument`] for views or adapters that are not as the plan's shape says, [`Error::Device`] when a launch

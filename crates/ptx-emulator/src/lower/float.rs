@@ -95,9 +95,9 @@ fn approximation(op: &str) -> Option<AluFn> {
 }
 
 /// Ordered comparisons are false with a NaN, the `u` forms true.
+#[rustfmt::skip] // it moves the nested macro's brace further right each time
 macro_rules! float_comparison {
     ($op:expr, $t:ty, |$v:ident| $key:expr) => {{
-    #[rustfmt::skip]
         macro_rules! on {
             (|$pa:ident, $pb:ident| $e:expr) => {
                 test!($t; |a, b| {
@@ -105,7 +105,7 @@ macro_rules! float_comparison {
                     $e
                 })
             };
-                            }
+        }
         #[allow(clippy::neg_cmp_op_on_partial_ord, clippy::nonminimal_bool)]
         let found: Option<AluFn> = Some(match $op {
             "eq" => on!(|a, b| a == b),
