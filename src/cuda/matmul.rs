@@ -10,9 +10,9 @@
 //! | `matmul` | the rest: 16-bit x from 9 tokens on | tensor cores, tiles of 128 outputs |
 //!
 //! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
-//! depend on the other tokens. Where a grid would not fill the device, blocks share a sum ([`Plan::splits`]); they leave
+//! depend on the other tokens. Where a grid would not fill the device, blocks share a sum (`Plan::splits()`); they leave
 //! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
-//! is [`Plan::rounding`]. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
+//! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
 //! `v Bᵀ` has f32 products in `skinny` and `matvec`. In `matmul`, v and B are taken as sums of two bf16 (an f16 or bf16 B
 //! is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth of the rounding of an f16 y, a 64th of a bf16 one.

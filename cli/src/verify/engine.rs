@@ -54,7 +54,7 @@ pub struct Slack {
     pub low_rank: f64,
 }
 
-/// A device. An operation that it lacks is an [`Error::Unsupported`](lora_kernels::Error::Unsupported).
+/// A device. An operation that it lacks is an [`Error::Unsupported`].
 pub trait Engine {
     /// What runs, for the user.
     fn name(&self) -> String;
@@ -142,7 +142,7 @@ pub fn open_best() -> Result<(Box<dyn Engine>, Option<String>)> {
 /// The engine of a choice.
 ///
 /// # Errors
-/// [`Error::NoDevice`](lora_kernels::Error::NoDevice) when there is no GPU.
+/// [`Error::NoDevice`] when there is no GPU.
 pub fn open(choice: Choice) -> Result<Box<dyn Engine>> {
     match choice {
         Choice::Cpu => Ok(Box::new(super::cpu::Cpu)),
