@@ -7,7 +7,7 @@ use lora_kernels::cuda::dora_scale::{Plan, Shape, Storage, plan};
 use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Buffer, Device};
-use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, devices, elsewhere};
+use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, elsewhere};
 
 /// The scales of a row-major weight, and how far f32 may be from each.
 ///
@@ -131,7 +131,7 @@ const SIZES: [[usize; 2]; 9] =
 
 #[test]
 fn any_shape_of_a_dense_weight() {
-    for device in devices() {
+    for device in Device::for_each_target() {
         let mut data = Data(1);
         for size in SIZES {
             dense_is_right::<f32, f32>(&device, &mut data, size, &[4]);
@@ -144,7 +144,7 @@ fn any_shape_of_a_dense_weight() {
 
 #[test]
 fn any_shape_of_a_4_bit_weight() {
-    for device in devices() {
+    for device in Device::for_each_target() {
         let mut data = Data(2);
         for (size, nesting) in
             SIZES.into_iter().flat_map(|size| [(size, Nesting::Plain), (size, Nesting::Nested)])

@@ -5,7 +5,7 @@ mod products;
 use half::{bf16, f16};
 use lora_kernels::cuda::{AdapterTable, lora_shrink};
 use lora_kernels::{DType, Element, Error};
-use lora_kernels_devices::{Device, Spec};
+use lora_kernels_devices::Device;
 use products::{Factors, Problem, same};
 
 /// Runs it as `plan` says, or as the device would.
@@ -67,7 +67,7 @@ fn any_shape_and_any_mix_of_ranks() {
         }
     }
     // Few multiprocessors are filled by few tokens, which then take the large tile.
-    for device in [Device::best(), Device::emulate(Spec { sm_count: 8, ..Spec::a100() })] {
+    for device in [Device::best(), Device::best().with_multiprocessors(8)] {
         all::<f32, f32>(&device);
         all::<f16, f16>(&device);
         all::<f16, f32>(&device);
@@ -81,8 +81,8 @@ fn any_shape_and_any_mix_of_ranks() {
 fn the_tile_does_not_matter() {
     for k in [256, 2056, 77] {
         let problem = Problem::<bf16>::dense(9, 1, k).with_adapters(&[4, 16, 31]);
-        let small = shrink(&Device::emulate(Spec { sm_count: 1000, ..Spec::a100() }), &problem);
-        let large = shrink(&Device::emulate(Spec { sm_count: 1, ..Spec::a100() }), &problem);
+        let small = shrink(&Device::best().with_multiprocessors(1000), &problem);
+        let large = shrink(&Device::best().with_multiprocessors(1), &problem);
         assert_eq!((small.0.tile.tokens, large.0.tile.tokens), (1, 8));
         assert!(same(&small.1, &large.1));
         for token in 0..9 {

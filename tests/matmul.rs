@@ -332,9 +332,9 @@ fn nan_blocks_do_not_leak() {
     each_type!(check(&device));
 }
 
-/// A device that needs no splits, and that a few outputs fill.
-fn small(spec: Spec) -> Device {
-    Device::emulate(Spec { sm_count: 1, ..spec })
+/// The device as one that needs no splits, and that a few outputs fill.
+fn small(device: &Device) -> Device {
+    device.with_multiprocessors(1)
 }
 
 /// What the plans that only many multiprocessors or many tokens call for compute.
@@ -348,7 +348,7 @@ fn large_tiles() {
             }
         }
     }
-    each_type!(check(&small(Spec::a100())));
+    each_type!(check(&small(&Device::best())));
 }
 
 /// Hopper has PTX of its own. It computes the same bits.
@@ -367,9 +367,10 @@ fn both_targets_compute_the_same() {
             }
         }
     }
-    let h200 = Spec { sm_count: Spec::a100().sm_count, ..Spec::h200() };
-    each_type!(check(&Device::emulator(), &Device::emulate(h200.clone())));
-    each_type!(check(&small(Spec::a100()), &small(Spec::h200())));
+    let a100 = Device::emulator();
+    let h200 = Device::emulate(Spec::h200()).with_multiprocessors(a100.queue().properties().sm_count);
+    each_type!(check(&a100, &h200));
+    each_type!(check(&small(&a100), &small(&h200)));
 }
 
 /// What decides how fast a kernel can be, counted: the bytes of W are read once and in whole sectors, no banks conflict,
@@ -377,7 +378,7 @@ fn both_targets_compute_the_same() {
 #[test]
 fn counts() {
     fn count<T: Element>(problem: Problem<T>, entry: &str, instructions: f64) {
-        let (device, weights) = (small(Spec::a100()), (problem.n * problem.k) as f64);
+        let (device, weights) = (small(&Device::emulator()), (problem.n * problem.k) as f64);
         let outcome = problem.run(&device);
         let (plan, counters) = (outcome.plan, outcome.counters.unwrap());
         assert_eq!((plan.kernel.unwrap().entry, plan.splits), (entry, 1));

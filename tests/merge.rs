@@ -7,7 +7,7 @@ use lora_kernels::cuda::merge::{Direction, Shape, plan};
 use lora_kernels::cuda::{MAX_DELTAS, UpdateView};
 use lora_kernels::{DType, Element, cpu};
 use lora_kernels_devices::Device;
-use on_device::{Adapter, Data, assert_refuses, assert_same_bits, devices, elsewhere};
+use on_device::{Adapter, Data, assert_refuses, assert_same_bits, elsewhere};
 
 struct Case<'a> {
     size: [usize; 2],
@@ -67,14 +67,14 @@ fn shapes<T: Element, A: Element>(device: &Device, seed: u64) {
 
 #[test]
 fn any_shape_of_f32() {
-    for device in devices() {
+    for device in Device::for_each_target() {
         shapes::<f32, f32>(&device, 1);
     }
 }
 
 #[test]
 fn any_shape_of_f16() {
-    for device in devices() {
+    for device in Device::for_each_target() {
         shapes::<f16, f16>(&device, 2);
         shapes::<f16, f32>(&device, 3);
     }
@@ -82,7 +82,7 @@ fn any_shape_of_f16() {
 
 #[test]
 fn any_shape_of_bf16() {
-    for device in devices() {
+    for device in Device::for_each_target() {
         shapes::<bf16, bf16>(&device, 4);
         shapes::<bf16, f32>(&device, 5);
     }

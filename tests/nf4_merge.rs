@@ -8,7 +8,7 @@ use lora_kernels::cuda::{Nf4ViewMut, Search, UpdateView};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix, block_count, packed_len};
 use lora_kernels::{DType, Element, cpu};
 use lora_kernels_devices::Device;
-use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, assert_same_bits, devices};
+use on_device::{Adapter, Data, Nf4Buffers, assert_refuses, assert_same_bits};
 
 struct Case<'a> {
     size: [usize; 2],
@@ -106,7 +106,7 @@ fn tiled(device: &Device) {
 
 #[test]
 fn blocks_that_fit_a_row_are_merged_in_tiles() {
-    devices().iter().for_each(tiled);
+    Device::for_each_target().iter().for_each(tiled);
 }
 
 /// Rows of odd length, shorter than a piece, blocks over many rows, tails.
@@ -126,7 +126,7 @@ fn flat(device: &Device) {
 
 #[test]
 fn other_blocks_are_merged_flat() {
-    devices().iter().for_each(flat);
+    Device::for_each_target().iter().for_each(flat);
 }
 
 #[test]

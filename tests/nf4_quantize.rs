@@ -10,7 +10,7 @@ use lora_kernels::cuda::{Nf4ViewMut, Search};
 use lora_kernels::nf4::{self, BLOCKSIZES, Codebook, block_count, packed_len};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::Device;
-use on_device::{Data, assert_refuses, assert_same_bits, devices, elsewhere};
+use on_device::{Data, assert_refuses, assert_same_bits, elsewhere};
 
 /// Codes and absmax from the device and from the reference agree. `skip` elements before `x` shift its alignment.
 fn same_as_reference<T: Element>(
@@ -50,17 +50,17 @@ fn any_size<T: Element>(device: &Device) {
 
 #[test]
 fn any_size_and_block_of_f32() {
-    devices().iter().for_each(any_size::<f32>);
+    Device::for_each_target().iter().for_each(any_size::<f32>);
 }
 
 #[test]
 fn any_size_and_block_of_f16() {
-    devices().iter().for_each(any_size::<f16>);
+    Device::for_each_target().iter().for_each(any_size::<f16>);
 }
 
 #[test]
 fn any_size_and_block_of_bf16() {
-    devices().iter().for_each(any_size::<bf16>);
+    Device::for_each_target().iter().for_each(any_size::<bf16>);
 }
 
 /// More tiles than blocks of threads, so that these walk.

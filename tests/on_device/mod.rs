@@ -5,12 +5,7 @@
 use lora_kernels::cuda::{AbsmaxView, AdapterView, NestedView, Nf4View, View};
 use lora_kernels::nf4::{Absmax, Codebook, Nf4Matrix};
 use lora_kernels::{Element, Error, cpu};
-use lora_kernels_devices::{Buffer, Device, Spec};
-
-/// The device at hand, and an emulated Hopper: that one runs the PTX of the other target.
-pub fn devices() -> [Device; 2] {
-    [Device::best(), Device::emulate(Spec::h200())]
-}
+use lora_kernels_devices::{Buffer, Device};
 
 /// A 4-bit matrix in device memory.
 pub struct Nf4Buffers {

@@ -19,7 +19,7 @@ pub struct Buffer<T> {
 impl<T: Pod> Buffer<T> {
     pub(crate) fn new(device: &Device, len: usize) -> Self {
         let label = format!("{}[{len}]", std::any::type_name::<T>());
-        let address = device.backend.alloc(len * size_of::<T>(), &label);
+        let address = device.backend().alloc(len * size_of::<T>(), &label);
         Self { device: device.clone(), address, len, element: PhantomData }
     }
 
@@ -61,15 +61,23 @@ impl<T: Pod> Buffer<T> {
     pub fn write(&mut self, data: &[T]) {
         assert_eq!(data.len(), self.len, "elements written into a buffer");
         if !data.is_empty() {
-            self.device.backend.write(self.address, bytemuck::cast_slice(data));
+            self.device.backend().write(self.address, bytemuck::cast_slice(data));
         }
+    }
+
+    /// Enqueues a copy of `from`, which has as many elements.
+    pub fn copy_from(&mut self, from: &Self) {
+        assert_eq!(from.len, self.len, "elements copied into a buffer");
+        let memory = |buffer: &Self| buffer.device.queue().properties().memory;
+        assert_eq!(memory(from), memory(self), "a copy stays on its device");
+        self.device.backend().copy(from.address, self.address, self.len * size_of::<T>());
     }
 
     /// Waits for the queue and copies everything to the host.
     pub fn download(&self) -> Vec<T> {
         let mut data = vec![T::zeroed(); self.len];
         if !data.is_empty() {
-            self.device.backend.read(self.address, bytemuck::cast_slice_mut(&mut data));
+            self.device.backend().read(self.address, bytemuck::cast_slice_mut(&mut data));
         }
         data
     }
@@ -92,6 +100,6 @@ impl<T: Pod> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        self.device.backend.free(self.address);
+        self.device.backend().free(self.address);
     }
 }

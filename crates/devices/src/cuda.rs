@@ -1,19 +1,21 @@
 //! The first GPU.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use cudarc::driver::{CudaSlice, DevicePtr};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, DriverError, result};
 use lora_kernels::cuda::{CudaQueue, Queue};
 use lora_kernels::{Error, Result};
 use ptx_emulator::Counters;
 
 use crate::Backend;
+use crate::graph::Replay;
 
 pub(crate) struct Cuda {
     queue: CudaQueue,
-    /// By address.
-    allocations: Mutex<HashMap<u64, CudaSlice<u8>>>,
+    /// Whether fresh memory is filled.
+    fill: bool,
 }
 
 impl Cuda {
@@ -29,17 +31,32 @@ impl Cuda {
         };
         let stream = first.stream().context().new_stream();
         let stream = stream.map_err(|e| Error::NoDevice { reason: e.to_string() })?;
-        Ok(Self { queue: first.on_stream(stream)?, allocations: Mutex::default() })
+        let fill = match std::env::var("LORA_KERNELS_ALLOC").as_deref() {
+            Ok("uninitialised") => false,
+            Ok(other) => panic!("LORA_KERNELS_ALLOC={other}: wanted uninitialised"),
+            Err(_) => true,
+        };
+        Ok(Self { queue: first.on_stream(stream)?, fill })
     }
 
-    fn allocations(&self) -> MutexGuard<'_, HashMap<u64, CudaSlice<u8>>> {
-        self.allocations.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stream(&self) -> cudarc::driver::sys::CUstream {
+        self.queue.stream().cu_stream()
+    }
+
+    /// Makes the context current: every call of the driver here wants it.
+    fn bind(&self) {
+        self.queue.stream().context().bind_to_thread().unwrap_or_else(failed("making the context current"));
     }
 }
 
+/// Every allocation is one of the driver's own, not a piece of a pool, so that tools see where it ends.
 impl Backend for Cuda {
     fn name(&self) -> String {
-        self.queue.stream().context().name().unwrap_or_else(|e| panic!("the device's name: {e}"))
+        self.queue.stream().context().name().unwrap_or_else(failed("the device's name"))
+    }
+
+    fn is_emulated(&self) -> bool {
+        false
     }
 
     fn queue(&self) -> &dyn Queue {
@@ -47,36 +64,91 @@ impl Backend for Cuda {
     }
 
     fn alloc(&self, bytes: usize, label: &str) -> u64 {
-        let stream = self.queue.stream();
-        let ones = vec![u8::MAX; bytes.max(1)];
-        let slice = stream.clone_htod(&ones).unwrap_or_else(|e| panic!("allocating {label}: {e}"));
-        let address = slice.device_ptr(stream).0;
-        self.allocations().insert(address, slice);
+        self.bind();
+        // SAFETY: the context is current.
+        let address = unsafe { result::malloc_sync(bytes.max(1)) };
+        let address = address.unwrap_or_else(|e| panic!("allocating {label}: {e}"));
+        if self.fill && bytes > 0 {
+            // SAFETY: the memory was just allocated, with so many bytes.
+            let filled = unsafe { result::memset_d8_async(address, u8::MAX, bytes, self.stream()) };
+            filled.unwrap_or_else(failed("filling memory"));
+        }
         address
     }
 
     fn free(&self, address: u64) {
-        self.allocations().remove(&address);
+        self.synchronize();
+        // SAFETY: an address that `alloc` gave, once; the work that was enqueued on it has completed.
+        let freed = unsafe { result::free_sync(address) };
+        if !std::thread::panicking() {
+            freed.unwrap_or_else(failed("freeing memory"));
+        }
     }
 
     fn write(&self, address: u64, bytes: &[u8]) {
-        let mut allocations = self.allocations();
-        let slice = allocations.get_mut(&address).expect("a buffer's address");
-        self.queue.stream().memcpy_htod(bytes, slice).unwrap_or_else(|e| panic!("writing a buffer: {e}"));
+        self.bind();
+        // SAFETY: inside an allocation, as the buffer has checked; the driver has staged `bytes` when the call returns.
+        let written = unsafe { result::memcpy_htod_async(address, bytes, self.stream()) };
+        written.unwrap_or_else(failed("writing a buffer"));
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) {
-        let allocations = self.allocations();
-        let slice = allocations[&address].slice(..bytes.len());
-        self.queue.stream().memcpy_dtoh(&slice, bytes).unwrap_or_else(|e| panic!("reading a buffer: {e}"));
+        self.bind();
+        // SAFETY: inside an allocation, as the buffer has checked; `bytes` is borrowed until the copy has ended.
+        let read = unsafe { result::memcpy_dtoh_async(bytes, address, self.stream()) };
+        read.unwrap_or_else(failed("reading a buffer"));
         self.synchronize();
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) {
+        self.bind();
+        // SAFETY: two allocations of so many bytes, as the buffers have checked.
+        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream()) };
+        copied.unwrap_or_else(failed("copying a buffer"));
+    }
+
     fn synchronize(&self) {
-        self.queue.stream().synchronize().unwrap_or_else(|e| panic!("{e}"));
+        let waited = self.queue.stream().synchronize();
+        if !std::thread::panicking() {
+            waited.unwrap_or_else(failed("waiting for the device"));
+        }
+    }
+
+    fn begin_capture(&self) {
+        self.queue.warm_up().unwrap_or_else(|e| panic!("{e}"));
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.queue.stream().begin_capture(mode).unwrap_or_else(failed("beginning a capture"));
+    }
+
+    fn end_capture(self: Arc<Self>) -> Box<dyn Replay> {
+        let graph = self.queue.stream().end_capture(CUgraphInstantiate_flags(0));
+        let graph = graph.unwrap_or_else(failed("ending a capture"));
+        Box::new(Captured(graph.expect("the driver gives a graph, be it an empty one")))
+    }
+
+    fn time(&self, work: &mut dyn FnMut()) -> Duration {
+        let stream = self.queue.stream();
+        let mark =
+            || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).unwrap_or_else(failed("an event"));
+        let start = mark();
+        work();
+        let milliseconds = start.elapsed_ms(&mark()).unwrap_or_else(failed("the time between two events"));
+        Duration::from_secs_f64(f64::from(milliseconds) / 1e3)
     }
 
     fn counters(&self) -> Option<Counters> {
         None
     }
+}
+
+struct Captured(CudaGraph);
+
+impl Replay for Captured {
+    unsafe fn launch(&self) {
+        self.0.launch().unwrap_or_else(failed("launching a graph"));
+    }
+}
+
+fn failed<T>(what: &str) -> impl FnOnce(DriverError) -> T {
+    move |error| panic!("{what}: {error}")
 }

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use lora_kernels::cuda::{
     Image, Kernel, Launch, MemoryId, Properties, Queue, Target, kernels, modules, origin,
@@ -10,13 +11,30 @@ use lora_kernels::cuda::{
 use lora_kernels::{Error, Result};
 use ptx_emulator::{Counters, Gpu, MemoryError, Module, Spec};
 
-use crate::{Backend, launched};
+use crate::Backend;
+use crate::graph::Replay;
 
 pub(crate) struct Emulator {
     gpu: Gpu,
     target: Target,
     properties: Properties,
     counters: Mutex<Option<Counters>>,
+    /// While launches are recorded.
+    captured: Mutex<Option<Vec<Recorded>>>,
+}
+
+/// A [`Launch`] with parameters of its own.
+struct Recorded {
+    kernel: Kernel,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    params: Vec<u8>,
+}
+
+struct List {
+    emulator: Arc<Emulator>,
+    launches: Vec<Recorded>,
 }
 
 impl Emulator {
@@ -30,11 +48,21 @@ impl Emulator {
             max_shared_bytes: u32::try_from(spec.max_shared_per_block).expect("kilobytes"),
             memory: MemoryId(NEXT.fetch_add(1, Ordering::Relaxed)),
         };
-        Self { gpu: Gpu::new(spec), target, properties, counters: Mutex::default() }
+        Self {
+            gpu: Gpu::new(spec),
+            target,
+            properties,
+            counters: Mutex::default(),
+            captured: Mutex::default(),
+        }
     }
 
     fn counters(&self) -> MutexGuard<'_, Option<Counters>> {
         self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn captured(&self) -> MutexGuard<'_, Option<Vec<Recorded>>> {
+        self.captured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn run(&self, launch: &Launch<'_>) -> Result<Counters> {
@@ -51,7 +79,6 @@ impl Emulator {
         };
         let ran = self.gpu.launch(&load(image)?, kernel.entry, &geometry, &[launch.params]);
         let counters = ran.map_err(|fault| device_error(kernel.entry, fault))?;
-        launched::record(kernel, image);
         Ok(counters)
     }
 }
@@ -63,6 +90,11 @@ unsafe impl Queue for Emulator {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        if let Some(captured) = &mut *self.captured() {
+            let Launch { kernel, grid, block, shared_bytes, params } = *launch;
+            captured.push(Recorded { kernel, grid, block, shared_bytes, params: params.to_vec() });
+            return Ok(());
+        }
         let ran = self.run(launch);
         *self.counters() = ran.as_ref().ok().cloned();
         ran.map(drop)
@@ -76,6 +108,10 @@ unsafe impl Queue for Emulator {
 impl Backend for Emulator {
     fn name(&self) -> String {
         self.gpu.spec().name.clone()
+    }
+
+    fn is_emulated(&self) -> bool {
+        true
     }
 
     fn queue(&self) -> &dyn Queue {
@@ -98,10 +134,43 @@ impl Backend for Emulator {
         self.gpu.read(address, bytes).unwrap_or_else(misuse);
     }
 
+    fn copy(&self, from: u64, to: u64, bytes: usize) {
+        let mut copied = vec![0; bytes];
+        self.read(from, &mut copied);
+        self.write(to, &copied);
+    }
+
     fn synchronize(&self) {}
+
+    fn begin_capture(&self) {
+        let before = self.captured().replace(Vec::new());
+        assert!(before.is_none(), "launches are already being recorded");
+    }
+
+    fn end_capture(self: Arc<Self>) -> Box<dyn Replay> {
+        let launches = self.captured().take().expect("begin_capture was called");
+        Box::new(List { emulator: self, launches })
+    }
+
+    fn time(&self, work: &mut dyn FnMut()) -> Duration {
+        let start = Instant::now();
+        work();
+        start.elapsed()
+    }
 
     fn counters(&self) -> Option<Counters> {
         self.counters().clone()
+    }
+}
+
+impl Replay for List {
+    unsafe fn launch(&self) {
+        for Recorded { kernel, grid, block, shared_bytes, params } in &self.launches {
+            let launch =
+                Launch { kernel: *kernel, grid: *grid, block: *block, shared_bytes: *shared_bytes, params };
+            // SAFETY: the caller's promise.
+            unsafe { self.emulator.launch(&launch) }.unwrap_or_else(|e| panic!("{e}"));
+        }
     }
 }
 
