@@ -1,7 +1,8 @@
 //! Decode: how long a product of few tokens takes, by the shapes of models that are served.
 //!
 //! Each row is the median over replays of a CUDA graph of many launches, which take so many weights in turn that no cache holds
-//! them, divided by their number. Rows named `layer` are a model's four products one after the other, each from the output of the
+//! them, divided by their number. A weight named `-` is none: the adapters alone, added to a product that someone else has
+//! computed. Rows named `layer` are a model's four products one after the other, each from the output of the
 //! one before. `share` is of the bandwidth that a copy reaches in the same run, counting what has to be read and written once.
 //!
 //! `cargo bench --bench decode` runs all of it; `-- --model 8B --op qkv --tokens 1,16 --weight nf4 --adapters none` what fits.
@@ -15,10 +16,11 @@ use half::bf16;
 use lora_kernels::DType;
 use lora_kernels::cuda::matmul::{self, Extras, Weight, WeightFormat};
 use lora_kernels::cuda::{
-    AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, View, lora_shrink, nf4_dequantize,
+    AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, View, lora_expand, lora_shrink,
+    nf4_dequantize,
 };
 use lora_kernels::nf4::{Codebook, DYNAMIC_MAP, NESTED_BLOCKSIZE};
-use lora_kernels_devices::{Buffer, Device, Graph};
+use lora_kernels_devices::{Bandwidth, Buffer, Device, Graph};
 use serde_json::{Value, json};
 
 const BLOCKSIZE: usize = 64;
@@ -60,9 +62,10 @@ enum Storage {
     Nf4,
     Nf4Nested,
     Bf16,
+    Nothing,
 }
 
-const STORAGES: [Storage; 3] = [Storage::Nf4, Storage::Nf4Nested, Storage::Bf16];
+const STORAGES: [Storage; 4] = [Storage::Nf4, Storage::Nf4Nested, Storage::Bf16, Storage::Nothing];
 
 impl Storage {
     fn name(self) -> &'static str {
@@ -70,13 +73,15 @@ impl Storage {
             Storage::Nf4 => "nf4",
             Storage::Nf4Nested => "nf4-nested",
             Storage::Bf16 => "bf16",
+            Storage::Nothing => "-",
         }
     }
 
-    fn format(self) -> WeightFormat {
+    fn format(self) -> Option<WeightFormat> {
         match self {
-            Storage::Bf16 => WeightFormat::Dense,
-            _ => WeightFormat::Nf4 { blocksize: BLOCKSIZE },
+            Storage::Nf4 | Storage::Nf4Nested => Some(WeightFormat::Nf4 { blocksize: BLOCKSIZE }),
+            Storage::Bf16 => Some(WeightFormat::Dense),
+            Storage::Nothing => None,
         }
     }
 
@@ -86,6 +91,7 @@ impl Storage {
             Storage::Nf4 => numel / 2 + 4 * blocks,
             Storage::Nf4Nested => numel / 2 + blocks + 4 * blocks.div_ceil(NESTED_BLOCKSIZE),
             Storage::Bf16 => 2 * numel,
+            Storage::Nothing => 0,
         }
     }
 }
@@ -249,10 +255,11 @@ impl Arenas {
     }
 
     /// The weight whose first element is the arena's element `start`.
-    fn weight(&self, storage: Storage, start: usize, numel: usize) -> Weight<'_, bf16> {
+    fn weight(&self, storage: Storage, start: usize, numel: usize) -> Option<Weight<'_, bf16>> {
         let (block, blocks) = (start / BLOCKSIZE, numel / BLOCKSIZE);
         let absmax = match storage {
-            Storage::Bf16 => return Weight::Dense(self.dense.slice(start..start + numel)),
+            Storage::Nothing => return None,
+            Storage::Bf16 => return Some(Weight::Dense(self.dense.slice(start..start + numel))),
             Storage::Nf4 => AbsmaxView::Plain(self.absmax.slice(block..block + blocks)),
             Storage::Nf4Nested => {
                 let first = block / NESTED_BLOCKSIZE;
@@ -267,7 +274,7 @@ impl Arenas {
             }
         };
         let packed = self.packed.slice(start / 2..(start + numel) / 2);
-        Weight::Nf4(Nf4View { packed, absmax, blocksize: BLOCKSIZE, codebook: &self.codebook })
+        Some(Weight::Nf4(Nf4View { packed, absmax, blocksize: BLOCKSIZE, codebook: &self.codebook }))
     }
 }
 
@@ -306,17 +313,23 @@ impl Ring {
     }
 }
 
-/// A product of one shape, and the branch before it.
+/// A product of one shape, the first half of the branch, and the second where there is no product that takes it up.
 struct Product {
     size: [usize; 2],
-    plan: matmul::Plan,
+    tokens: usize,
+    plan: Option<matmul::Plan>,
     shrink: Option<lora_shrink::Plan>,
+    expand: lora_expand::Plan,
 }
 
 impl Product {
     fn new(device: &Device, [n, k]: [usize; 2], tokens: usize, storage: Storage, adapters: Adapters) -> Self {
         let properties = device.queue().properties();
-        let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight: storage.format() };
+        let plan = storage.format().map(|weight| {
+            let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight };
+            matmul::plan(&shape, properties).unwrap()
+        });
+        let expand = lora_expand::Shape { tokens, n, dtype: DType::BF16, adapter_dtype: DType::BF16 };
         let shrink = lora_shrink::Shape {
             tokens,
             k,
@@ -326,8 +339,10 @@ impl Product {
         };
         Self {
             size: [n, k],
-            plan: matmul::plan(&shape, properties).unwrap(),
+            tokens,
+            plan,
             shrink: (adapters != Adapters::None).then(|| lora_shrink::plan(&shrink, properties).unwrap()),
+            expand: lora_expand::plan(&expand, properties).unwrap(),
         }
     }
 }
@@ -335,7 +350,7 @@ impl Product {
 /// What one launch of a product takes.
 struct Call<'a> {
     product: &'a Product,
-    weight: Weight<'a, bf16>,
+    weight: Option<Weight<'a, bf16>>,
     table: Option<AdapterTable<'a, bf16>>,
 }
 
@@ -365,15 +380,16 @@ impl Scratch {
             v: RefCell::new(
                 device.alloc(most(|product| product.shrink.as_ref().map_or(0, |plan| plan.v_len()))),
             ),
-            workspace: RefCell::new(device.alloc(most(|product| product.plan.workspace_bytes))),
+            workspace: RefCell::new(
+                device.alloc(most(|product| product.plan.as_ref().map_or(0, |plan| plan.workspace_bytes))),
+            ),
             activations,
         }
     }
 
     /// Enqueues one call, whose number says what it reads.
     fn enqueue(&self, device: &Device, number: usize, call: &Call<'_>) {
-        let (queue, Product { size: [n, k], plan, shrink }) = (device.queue(), call.product);
-        let tokens = plan.shape.tokens;
+        let (queue, Product { size: [n, k], tokens, plan, shrink, expand }) = (device.queue(), call.product);
         let (x, mut y) =
             (self.activations[number % 2].borrow(), self.activations[1 - number % 2].borrow_mut());
         let x: View<'_, bf16> = x.slice(..tokens * k);
@@ -386,10 +402,16 @@ impl Scratch {
             }
             _ => None,
         };
-        let extras = Extras::<bf16> { low_rank, ..Extras::default() };
-        let mut workspace = self.workspace.borrow_mut();
         let out = y.slice_mut(..tokens * n);
-        plan.run(queue, x, &call.weight, &extras, out, workspace.view_mut()).unwrap();
+        match (plan, &call.weight, low_rank) {
+            (Some(plan), Some(weight), low_rank) => {
+                let extras = Extras::<bf16> { low_rank, ..Extras::default() };
+                let mut workspace = self.workspace.borrow_mut();
+                plan.run(queue, x, weight, &extras, out, workspace.view_mut()).unwrap();
+            }
+            (_, _, Some(branch)) => expand.run(queue, &branch, out).unwrap(),
+            (_, _, None) => unreachable!("there is a weight, or there are adapters"),
+        }
     }
 }
 
@@ -407,6 +429,7 @@ struct Bench<'a> {
     config: &'a Config,
     arenas: &'a Arenas,
     copy_gb_s: f64,
+    read_gb_s: f64,
     rows: Vec<Value>,
 }
 
@@ -427,7 +450,7 @@ impl Bench<'_> {
         let adapter_bytes: usize = sizes.iter().map(|&size| adapters.bytes(tokens, size)).sum();
         let activation_bytes: usize = sizes.iter().map(|[n, k]| 2 * tokens * (n + k)).sum();
         let bytes = weight_bytes + adapter_bytes + activation_bytes;
-        let rounds = (rotate / weight_bytes + 1).max(2);
+        let rounds = (rotate / (weight_bytes + adapter_bytes) + 1).clamp(2, 128);
 
         let count = adapters.count(tokens);
         let mut entries: Vec<Buffer<u8>> =
@@ -466,7 +489,7 @@ impl Bench<'_> {
         let us = time(device, &graph, *replays) / rounds as f64;
         let gb_s = bytes as f64 / us / 1e3;
         let kernels: Vec<_> =
-            products.iter().filter_map(|product| product.plan.kernel.map(|k| k.entry)).collect();
+            products.iter().filter_map(|product| product.plan.as_ref()?.kernel.map(|k| k.entry)).collect();
         let (n, k): (Vec<_>, Vec<_>) = sizes.iter().map(|&[n, k]| (n, k)).unzip();
         println!(
             "{model:<11} {op:<8} {:>13} M={tokens:<3} {:<10} {:<8} {us:>9.2} us {gb_s:>7.0} GB/s {:>5.1} %",
@@ -491,6 +514,9 @@ impl Bench<'_> {
         for storage in STORAGES.into_iter().filter(|storage| config.wants("weight", storage.name())) {
             for adapters in ADAPTERS.into_iter().filter(|adapters| config.wants("adapters", &adapters.name()))
             {
+                if storage == Storage::Nothing && adapters == Adapters::None {
+                    continue;
+                }
                 for &tokens in config.tokens.iter().filter(|m| config.wants("tokens", &m.to_string())) {
                     self.measure([model, op], sizes, tokens, storage, adapters);
                 }
@@ -503,30 +529,23 @@ impl Bench<'_> {
     fn write(&self) {
         let Some(folder) = std::env::var_os("LORA_KERNELS_RESULTS") else { return };
         let results = json!({
-            "device": self.config.device.name(), "copy_gb_s": self.copy_gb_s, "rows": self.rows,
+            "device": self.config.device.name(), "copy_gb_s": self.copy_gb_s, "read_gb_s": self.read_gb_s,
+            "rows": self.rows,
         });
         let path = PathBuf::from(folder).join("decode.json");
         std::fs::write(&path, format!("{results}\n")).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
 }
 
-/// Bytes read and written by a copy of the codes, per nanosecond.
-fn copy_bandwidth(config: &Config, arenas: &Arenas) -> f64 {
-    const COPIES: usize = 4;
-    let device = &config.device;
-    let mut to = device.alloc::<u8>(arenas.packed.len());
-    let mut times: Vec<_> =
-        (0..5).map(|_| device.time(|| (0..COPIES).for_each(|_| to.copy_from(&arenas.packed)))).collect();
-    times.sort();
-    (2 * COPIES * to.len()) as f64 / times[times.len() / 2].as_nanos() as f64
-}
-
 fn main() {
     let config = Config::from_arguments();
     let arenas = Arenas::new(&config);
-    let copy_gb_s = copy_bandwidth(&config, &arenas);
-    println!("{}: a copy moves {copy_gb_s:.0} GB/s", config.device.name());
-    let mut bench = Bench { config: &config, arenas: &arenas, copy_gb_s, rows: Vec::new() };
+    let mut copied = config.device.alloc(config.weights);
+    let Bandwidth { copy, read } = config.device.bandwidth(&arenas.dense, &mut copied);
+    drop(copied);
+    let (copy_gb_s, read_gb_s) = (copy / 1e9, read / 1e9);
+    println!("{}: copying moves {copy_gb_s:.0} GB/s, reading {read_gb_s:.0}", config.device.name());
+    let mut bench = Bench { config: &config, arenas: &arenas, copy_gb_s, read_gb_s, rows: Vec::new() };
     let mut seen = Vec::new();
     let products =
         config.models.iter().flat_map(|model| model.products.map(|(op, n, k)| (model.name, op, n, k)));

@@ -65,14 +65,6 @@ impl<T: Pod> Buffer<T> {
         }
     }
 
-    /// Enqueues a copy of `from`, which has as many elements.
-    pub fn copy_from(&mut self, from: &Self) {
-        assert_eq!(from.len, self.len, "elements copied into a buffer");
-        let memory = |buffer: &Self| buffer.device.queue().properties().memory;
-        assert_eq!(memory(from), memory(self), "a copy stays on its device");
-        self.device.backend().copy(from.address, self.address, self.len * size_of::<T>());
-    }
-
     /// Waits for the queue and copies everything to the host.
     pub fn download(&self) -> Vec<T> {
         let mut data = vec![T::zeroed(); self.len];

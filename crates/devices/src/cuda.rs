@@ -4,13 +4,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, DriverError, result};
+use cudarc::driver::{CudaGraph, CudaModule, DriverError, LaunchConfig, PushKernelArg, result};
+use cudarc::nvrtc::Ptx;
 use lora_kernels::cuda::{CudaQueue, Queue};
 use lora_kernels::{Error, Result};
 use ptx_emulator::Counters;
 
-use crate::Backend;
 use crate::graph::Replay;
+use crate::{Backend, bandwidth};
 
 pub(crate) struct Cuda {
     queue: CudaQueue,
@@ -100,11 +101,20 @@ impl Backend for Cuda {
         self.synchronize();
     }
 
-    fn copy(&self, from: u64, to: u64, bytes: usize) {
-        self.bind();
-        // SAFETY: two allocations of so many bytes, as the buffers have checked.
-        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream()) };
-        copied.unwrap_or_else(failed("copying a buffer"));
+    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64) {
+        static MODULE: OnceLock<Arc<CudaModule>> = OnceLock::new();
+        let stream = self.queue.stream();
+        let load = || stream.context().load_module(Ptx::from_src(bandwidth::PTX));
+        let module = MODULE.get_or_init(|| load().unwrap_or_else(failed("loading bandwidth.ptx")));
+        let function = module.load_function(entry).unwrap_or_else(failed(entry));
+        let config = LaunchConfig {
+            grid_dim: (blocks, 1, 1),
+            block_dim: (bandwidth::THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the kernels of this module take two addresses; the rest is the caller's promise.
+        let launched = unsafe { stream.launch_builder(&function).arg(&from).arg(&to).launch(config) };
+        launched.map(drop).unwrap_or_else(failed(entry));
     }
 
     fn synchronize(&self) {

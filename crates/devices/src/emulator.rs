@@ -11,8 +11,8 @@ use lora_kernels::cuda::{
 use lora_kernels::{Error, Result};
 use ptx_emulator::{Counters, Gpu, MemoryError, Module, Spec};
 
-use crate::Backend;
 use crate::graph::Replay;
+use crate::{Backend, bandwidth};
 
 pub(crate) struct Emulator {
     gpu: Gpu,
@@ -134,10 +134,17 @@ impl Backend for Emulator {
         self.gpu.read(address, bytes).unwrap_or_else(misuse);
     }
 
-    fn copy(&self, from: u64, to: u64, bytes: usize) {
-        let mut copied = vec![0; bytes];
-        self.read(from, &mut copied);
-        self.write(to, &copied);
+    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64) {
+        let module = Module::parse("bandwidth.ptx", bandwidth::PTX).unwrap_or_else(|e| panic!("{e}"));
+        let geometry = ptx_emulator::Launch {
+            grid: [blocks, 1, 1],
+            block: [bandwidth::THREADS, 1, 1],
+            cluster: [1; 3],
+            dynamic_shared: 0,
+        };
+        let params = [from.to_le_bytes(), to.to_le_bytes()];
+        let ran = self.gpu.launch(&module, entry, &geometry, &params.each_ref().map(|param| &param[..]));
+        ran.map(drop).unwrap_or_else(|fault| panic!("{entry}: {fault}"));
     }
 
     fn synchronize(&self) {}

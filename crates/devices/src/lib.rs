@@ -3,6 +3,7 @@
 //! Code is written once, over [`Device`] and [`Buffer`]. Mistakes of the host (a length, an index) panic here, as they do
 //! with slices; what a kernel does wrong comes back from the call that launched it.
 
+mod bandwidth;
 mod buffer;
 mod cuda;
 mod emulator;
@@ -10,6 +11,7 @@ mod front;
 mod graph;
 mod launched;
 
+pub use bandwidth::Bandwidth;
 pub use buffer::Buffer;
 pub use graph::Graph;
 pub use launched::was_launched;
@@ -151,8 +153,11 @@ trait Backend: Send + Sync {
     fn free(&self, address: u64);
     fn write(&self, address: u64, bytes: &[u8]);
     fn read(&self, address: u64, bytes: &mut [u8]);
-    /// Enqueued, as launches are.
-    fn copy(&self, from: u64, to: u64, bytes: usize);
+    /// Enqueues a kernel of `bandwidth.ptx`.
+    ///
+    /// # Safety
+    /// `from` and `to` are as long as `blocks` blocks want.
+    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64);
     fn synchronize(&self);
     fn begin_capture(&self);
     fn end_capture(self: Arc<Self>) -> Box<dyn Replay>;

@@ -45,3 +45,13 @@ fn devices_have_memories_of_their_own() {
     assert_eq!(two.queue().properties().capability, (9, 0));
     assert!(one.upload(&[1u8]).view().check("x", 1, 1, two.queue().properties()).is_err());
 }
+
+#[test]
+fn bandwidth_is_that_of_a_copy() {
+    let device = Device::best();
+    let data: Vec<u32> = (0..16 << 10).map(|i: u32| i.wrapping_mul(0x9e37_79b9)).collect();
+    let (from, mut to) = (device.upload(&data), device.upload(&vec![0; data.len()]));
+    let bandwidth = device.bandwidth(&from, &mut to);
+    assert_eq!(to.download(), data);
+    assert!(bandwidth.copy > 0.0 && bandwidth.read > 0.0, "{bandwidth:?}");
+}
