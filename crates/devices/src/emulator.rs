@@ -76,6 +76,7 @@ impl Emulator {
             block: launch.block,
             cluster: [1; 3],
             dynamic_shared: launch.shared_bytes,
+            overlap: false,
         };
         let ran = self.gpu.launch(&load(image)?, kernel.entry, &geometry, &[launch.params]);
         let counters = ran.map_err(|fault| device_error(kernel.entry, fault))?;
@@ -136,12 +137,7 @@ impl Backend for Emulator {
 
     unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64) {
         let module = Module::parse("bandwidth.ptx", bandwidth::PTX).unwrap_or_else(|e| panic!("{e}"));
-        let geometry = ptx_emulator::Launch {
-            grid: [blocks, 1, 1],
-            block: [bandwidth::THREADS, 1, 1],
-            cluster: [1; 3],
-            dynamic_shared: 0,
-        };
+        let geometry = ptx_emulator::Launch::linear(blocks, bandwidth::THREADS);
         let params = [from.to_le_bytes(), to.to_le_bytes()];
         let ran = self.gpu.launch(&module, entry, &geometry, &params.each_ref().map(|param| &param[..]));
         ran.map(drop).unwrap_or_else(|fault| panic!("{entry}: {fault}"));

@@ -48,6 +48,7 @@ fn main() {
             block: [128, 1, 1],
             cluster: [1; 3],
             dynamic_shared: 2 * 64 * 40 * 2,
+            overlap: false,
         };
         gpu.launch(&module, "mm", &launch, &[&params]).expect("no fault")
     });

@@ -93,6 +93,8 @@ pub enum FaultKind {
     InFlight,
     /// Asynchronous work reads what a normal store wrote, without a proxy fence between.
     MissingFence,
+    /// Access to memory that the launch before uses, before `griddepcontrol.wait`.
+    EarlyAccess,
     /// An operand that the instruction does not allow (a descriptor, a count, a mask).
     Operand,
     /// `trap` or a failed `assert` in the kernel.

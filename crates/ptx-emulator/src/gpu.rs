@@ -70,16 +70,25 @@ pub struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block along x, y, z.
     pub block: [u32; 3],
-    /// Blocks of a cluster along x, y, z; `[1, 1, 1]` for none.
+    /// Blocks of a cluster along x, y, z; `[1, 1, 1]` for none, or for what the kernel itself requires.
     pub cluster: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub dynamic_shared: u32,
+    /// The launch may start before the one before it has ended (programmatic dependent launch): until
+    /// `griddepcontrol.wait` the kernel may not touch what that one writes.
+    pub overlap: bool,
 }
 
 impl Launch {
     /// A one-dimensional launch without clusters and dynamic shared memory.
     pub fn linear(blocks: u32, threads: u32) -> Launch {
-        Launch { grid: [blocks, 1, 1], block: [threads, 1, 1], cluster: [1; 3], dynamic_shared: 0 }
+        Launch {
+            grid: [blocks, 1, 1],
+            block: [threads, 1, 1],
+            cluster: [1; 3],
+            dynamic_shared: 0,
+            overlap: false,
+        }
     }
 }
 
@@ -127,12 +136,16 @@ impl Gpu {
 
     /// Copies bytes to the device.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.memory.read().unwrap_or_else(PoisonError::into_inner).write(address, bytes)
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        memory.forget_earlier();
+        memory.write(address, bytes)
     }
 
     /// Copies bytes from the device; every one of them must have been written.
     pub fn read(&self, address: u64, out: &mut [u8]) -> Result<(), MemoryError> {
-        self.memory.read().unwrap_or_else(PoisonError::into_inner).read(address, out, true)
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
+        memory.forget_earlier();
+        memory.read(address, out, true)
     }
 
     /// Like [`Gpu::read`], but bytes that nobody wrote are read as zero.
@@ -203,6 +216,11 @@ impl Gpu {
         let Some(found) = module.entry(entry) else {
             return refuse(format!("the module has no entry `{entry}`"));
         };
+        let cluster = match (found.required_cluster, launch.cluster) {
+            (Some(required), [1, 1, 1]) => required,
+            (_, given) => given,
+        };
+        let launch = &Launch { cluster, ..*launch };
         if let Err(message) = check(found, launch, &self.spec, params, module.ptx().target.as_str()) {
             return refuse(message);
         }
@@ -222,8 +240,20 @@ impl Gpu {
             params: &block,
             globals: &globals,
             number,
+            overlap: launch.overlap,
         };
-        let mut counters = run(&job, module)?;
+        if !launch.overlap {
+            memory.forget_earlier();
+        }
+        let (mut counters, early) = run(&job, module).inspect_err(|_| {
+            // Leaves nothing behind for the next launch.
+            memory.take_touched();
+            memory.forget_earlier();
+        })?;
+        if !early {
+            // Whoever waits for this launch waits for those before, too.
+            memory.forget_earlier();
+        }
         let touched = memory.take_touched();
         counters.global_loads.distinct_sectors = touched.read;
         counters.global_stores.distinct_sectors = touched.written;
@@ -260,9 +290,9 @@ fn check(entry: &Entry, launch: &Launch, spec: &Spec, params: &[&[u8]], target: 
         return Err(format!("cluster {:?}, but the kernel requires {required:?}", launch.cluster));
     }
     let cluster: u32 = launch.cluster.iter().product();
-    if (0..3).any(|i| !launch.grid[i].is_multiple_of(launch.cluster[i])) || cluster > 16 {
+    if (0..3).any(|i| !launch.grid[i].is_multiple_of(launch.cluster[i])) || cluster > 8 {
         return Err(format!(
-            "cluster {:?} does not divide grid {:?}, or is above 16",
+            "cluster {:?} does not divide grid {:?}, or is above 8 blocks",
             launch.cluster, launch.grid
         ));
     }
@@ -325,7 +355,9 @@ fn check_target(target: &str, spec: &Spec) -> Result<(), String> {
 }
 
 /// Executes all clusters, several at once; the fault of the lowest one is reported.
-fn run(job: &Job, module: &Module) -> Result<Counters, Box<Fault>> {
+///
+/// Also whether some warp let the next launch start, or ended, before it knew that the launches before had ended.
+fn run(job: &Job, module: &Module) -> Result<(Counters, bool), Box<Fault>> {
     let [gx, gy, gz] = job.launch.grid;
     let [cx, cy, cz] = job.launch.cluster;
     let counts = [(gx / cx) as usize, (gy / cy) as usize, (gz / cz) as usize];
@@ -337,7 +369,7 @@ fn run(job: &Job, module: &Module) -> Result<Counters, Box<Fault>> {
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let lowest = AtomicUsize::new(usize::MAX);
-    type Outcome = (Counters, Vec<GlobalRace>, Option<(usize, Box<Fault>)>);
+    type Outcome = (Counters, bool, Vec<GlobalRace>, Option<(usize, Box<Fault>)>);
     let work = || -> Outcome {
         let mut machine = Machine::new(job);
         let mut fault = None;
@@ -354,7 +386,8 @@ fn run(job: &Job, module: &Module) -> Result<Counters, Box<Fault>> {
                 break;
             }
         }
-        (machine.stats.counters(&job.entry.kernel, &module.ptx().files), machine.races, fault)
+        let counters = machine.stats.counters(&job.entry.kernel, &module.ptx().files);
+        (counters, machine.early, machine.races, fault)
     };
     let cores = match job.spec.host_threads {
         0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -370,21 +403,18 @@ fn run(job: &Job, module: &Module) -> Result<Counters, Box<Fault>> {
         })
     };
     let mut counters = Counters::default();
-    let mut races = Vec::new();
-    let mut faults = Vec::new();
-    for (part, found, fault) in outcomes {
+    let (mut early, mut races, mut faults) = (false, Vec::new(), Vec::new());
+    for (part, started, found, fault) in outcomes {
         counters.merge(&part);
+        early |= started;
         races.extend(found);
         faults.extend(fault);
     }
     if let Some((_, fault)) = faults.into_iter().min_by_key(|(i, _)| *i) {
-        // Leaves nothing behind for the next launch.
-        job.memory.take_touched();
         return Err(fault);
     }
     if let Some(fault) = module.race_fault(job, races) {
-        job.memory.take_touched();
         return Err(fault);
     }
-    Ok(counters)
+    Ok((counters, early))
 }

@@ -44,9 +44,11 @@ mod module;
 mod ops;
 mod parse;
 mod program;
+mod tensor_map;
 
 pub use counters::{CLASSES, Class, Counters, Issued, SharedTraffic, Traffic};
 pub use fault::{Fault, FaultKind, LoadError, MemoryError, Source};
 pub use gpu::{Gpu, Launch, Spec};
 pub use module::Module;
 pub use program::{Entry, Param};
+pub use tensor_map::{Swizzle, TensorMap};

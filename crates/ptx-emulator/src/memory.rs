@@ -162,6 +162,15 @@ impl Bitmap {
         (0..n).find(|&i| !self.has(at + i, 1))
     }
 
+    fn add(&self, other: &Bitmap) {
+        for (word, more) in self.words.iter().zip(&other.words) {
+            let more = more.load(Relaxed);
+            if more != 0 {
+                word.fetch_or(more, Relaxed);
+            }
+        }
+    }
+
     fn clear(&self) {
         for word in &self.words {
             if word.load(Relaxed) != 0 {
@@ -191,6 +200,10 @@ pub(crate) struct Allocation {
     written_sectors: Bitmap,
     read_in_launch: AtomicBool,
     written_in_launch: AtomicBool,
+    /// Sectors that earlier launches, which may not have ended, read and wrote.
+    earlier_read: Bitmap,
+    earlier_written: Bitmap,
+    any_earlier: AtomicBool,
 }
 
 /// Sector of the L2 and of DRAM, the unit of global traffic.
@@ -211,6 +224,9 @@ impl Allocation {
             written_sectors: Bitmap::new(len.div_ceil(SECTOR)),
             read_in_launch: AtomicBool::new(false),
             written_in_launch: AtomicBool::new(false),
+            earlier_read: Bitmap::new(len.div_ceil(SECTOR)),
+            earlier_written: Bitmap::new(len.div_ceil(SECTOR)),
+            any_earlier: AtomicBool::new(false),
         }
     }
 
@@ -267,6 +283,15 @@ impl Allocation {
         }
         let first = offset / SECTOR;
         self.written_sectors.set_range(first, (offset + n - 1) / SECTOR - first + 1);
+    }
+
+    /// Whether launches before, which may not have ended, wrote these bytes, or read what is to be written.
+    pub(crate) fn earlier(&self, offset: usize, n: usize, write: bool) -> bool {
+        if !self.any_earlier.load(Relaxed) {
+            return false;
+        }
+        let sectors = offset / SECTOR..(offset + n).div_ceil(SECTOR);
+        sectors.into_iter().any(|s| self.earlier_written.has(s, 1) || write && self.earlier_read.has(s, 1))
     }
 
     /// Notes that `block` writes bytes of one 4-byte granule in a launch; another block that wrote one of them, if any.
@@ -456,13 +481,25 @@ impl Memory {
         for a in self.live() {
             if a.read_in_launch.swap(false, Relaxed) {
                 touched.read += a.read_sectors.count();
+                a.earlier_read.add(&a.read_sectors);
                 a.read_sectors.clear();
+                a.any_earlier.store(true, Relaxed);
             }
             if a.written_in_launch.swap(false, Relaxed) {
                 touched.written += a.written_sectors.count();
+                a.earlier_written.add(&a.written_sectors);
                 a.written_sectors.clear();
+                a.any_earlier.store(true, Relaxed);
             }
         }
         touched
+    }
+
+    /// All launches so far have ended.
+    pub(crate) fn forget_earlier(&self) {
+        for a in self.live().filter(|a| a.any_earlier.swap(false, Relaxed)) {
+            a.earlier_read.clear();
+            a.earlier_written.clear();
+        }
     }
 }

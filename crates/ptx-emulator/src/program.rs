@@ -2,7 +2,7 @@
 
 use crate::counters::Class;
 use crate::ops::lanes::{AluFn, Args, Row};
-use crate::ops::{atomic::AtomicOp, matrix::Mma};
+use crate::ops::{atomic::AtomicOp, matrix::Mma, wgmma::Wgmma};
 use crate::parse::ast::{Loc, Space};
 
 /// Rows of the predicate file with a fixed meaning.
@@ -135,6 +135,119 @@ pub(crate) struct CpAsync {
     pub ignore: Option<Row>,
 }
 
+/// `barrier.cluster`: what the threads do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ClusterMode {
+    /// Publishes what the thread did before, if true.
+    Arrive(bool),
+    /// Takes what the others published, if true.
+    Wait(bool),
+}
+
+/// What a fence orders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fence {
+    /// `fence.acq_rel`, `fence.sc`, `membar`
+    Memory,
+    /// `fence.proxy.async`: what was written by ordinary stores, for asynchronous work.
+    Async,
+    /// `fence.mbarrier_init`
+    BarrierInit,
+    /// Orders nothing that is modelled.
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MbarrierMode {
+    Init,
+    Inval,
+    /// Arrivals, then bytes to expect.
+    Arrive {
+        expect: bool,
+        drop: bool,
+        /// May not complete the phase.
+        no_complete: bool,
+    },
+    ExpectTx,
+    CompleteTx,
+    /// `test_wait`, or `try_wait` if true.
+    Wait {
+        suspends: bool,
+        parity: bool,
+    },
+    /// `cp.async.mbarrier.arrive`; true for `.noinc`.
+    CopiesArrive(bool),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct MbarrierOp {
+    pub mode: MbarrierMode,
+    pub space: Space,
+    pub address: Address,
+    /// State or predicate.
+    pub d: Option<Reg>,
+    /// Count, bytes, state or parity.
+    pub a: Option<Reg>,
+    /// `.release` or `.acquire`, not `.relaxed`.
+    pub ordered: bool,
+}
+
+/// What a bulk copy moves.
+#[derive(Clone, Debug)]
+pub(crate) enum Bulk {
+    /// Global to shared memory of the cluster: destination, source, size; blocks of a multicast.
+    Load {
+        dst: Address,
+        src: Address,
+        size: Reg,
+        barrier: Address,
+        mask: Option<Reg>,
+    },
+    /// Shared memory to that of another block.
+    Share {
+        dst: Address,
+        src: Address,
+        size: Reg,
+        barrier: Address,
+    },
+    /// Shared to global memory.
+    Store {
+        dst: Address,
+        src: Address,
+        size: Reg,
+    },
+    /// A box of a tensor map to shared memory.
+    TensorLoad {
+        dst: Address,
+        map: Address,
+        at: Vec<Row>,
+        barrier: Address,
+        mask: Option<Reg>,
+    },
+    /// A box of a tensor map from shared memory.
+    TensorStore {
+        map: Address,
+        at: Vec<Row>,
+        src: Address,
+    },
+    /// Registers to shared memory of the cluster: `st.async`.
+    Registers {
+        dst: Address,
+        elem: u8,
+        regs: Vec<Reg>,
+        barrier: Address,
+    },
+    /// Only a hint, whose addresses must be valid: a tensor map, or bytes of global memory.
+    PrefetchTensor {
+        map: Address,
+        at: Vec<Row>,
+    },
+    Prefetch {
+        src: Address,
+        size: Reg,
+    },
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct MatrixMove {
     pub address: Address,
@@ -202,11 +315,47 @@ pub(crate) enum Op {
     LoadMatrix(Box<MatrixMove>),
     StoreMatrix(Box<MatrixMove>),
     Mma(Box<Mma>),
+    /// `griddepcontrol`: true for `.wait`.
+    GridControl(bool),
+    Cluster {
+        mode: ClusterMode,
+        aligned: bool,
+    },
+    /// Address of the same variable in another block of the cluster.
+    MapAddress {
+        d: Reg,
+        a: Reg,
+        rank: Row,
+        generic: bool,
+    },
+    /// Rank of the block that an address belongs to.
+    RankOf {
+        d: Row,
+        a: Reg,
+        generic: bool,
+    },
+    Fence(Fence),
+    Mbarrier(Box<MbarrierOp>),
+    Bulk(Box<Bulk>),
+    BulkCommit,
+    BulkWait {
+        pending: u32,
+        /// Only until the sources were read.
+        read: bool,
+    },
+    /// `setmaxnreg`: registers per thread; true for `.inc`.
+    SetMaxRegisters(u32, bool),
+    Wgmma(Box<Wgmma>),
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait(u32),
 }
 
 /// Flags of an instruction that need a second look before it runs.
 pub(crate) const JOIN: u8 = 1;
 pub(crate) const TRACK: u8 = 2;
+/// Touches a register that some `wgmma` uses.
+pub(crate) const FLIGHT: u8 = 4;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Inst {
@@ -226,6 +375,8 @@ pub(crate) enum Undefined {
     Forbid,
     /// `selp`: only the chosen source matters.
     Select,
+    /// `wgmma`: accumulators matter only if they are added to.
+    Accumulate,
 }
 
 /// The cold side of an instruction.
@@ -316,6 +467,8 @@ pub struct Entry {
     pub max_threads: Option<[u32; 3]>,
     /// `.reqntid`
     pub required_threads: Option<[u32; 3]>,
+    /// `.minnctapersm`
+    pub min_blocks: Option<u32>,
     /// `.reqnctapercluster`
     pub required_cluster: Option<[u32; 3]>,
     /// `.maxnreg`
@@ -339,6 +492,8 @@ pub(crate) struct Kernel {
     pub specials: Vec<(Reg, Special)>,
     /// Numbers of the registers that some path leaves unwritten before a use: the only ones that are tracked.
     pub suspects: Vec<usize>,
+    /// Some instruction uses the asynchronous proxy.
+    pub asynchronous: bool,
     /// Reconvergence point of every branch: by pc, `NEVER` if there is none.
     pub reconverge: Vec<u32>,
     pub param_bytes: usize,

@@ -55,6 +55,70 @@ const CASES: &[Case] = &[
     case("local_outside", FaultKind::OutOfBounds, 1, 32, "local memory"),
 ];
 
+/// What is special to sm_90a.
+const HOPPER: &[Case] = &[
+    case("neighbour_before_its_start", FaultKind::SharedRace, 2, 32, "known to have started"),
+    case("neighbour_after_its_end", FaultKind::UseAfterFree, 2, 32, "that block has ended"),
+    case("neighbour_may_have_ended", FaultKind::UseAfterFree, 2, 32, "may still use its shared memory"),
+    case("neighbour_not_published", FaultKind::SharedRace, 2, 32, "no barrier orders"),
+    case("neighbour_overwritten", FaultKind::SharedRace, 2, 32, "races with a"),
+    case("neighbour_in_the_own_window", FaultKind::OutOfBounds, 2, 32, "shared"),
+    case("rank_outside", FaultKind::Operand, 2, 32, "rank 2"),
+    case("wait_without_arrival", FaultKind::Operand, 2, 32, "without an arrival"),
+    case("two_arrivals", FaultKind::Operand, 2, 32, "second arrival"),
+    case("cluster_deadlock", FaultKind::Deadlock, 2, 32, "1 arrivals and 0 bytes"),
+    case("initialised_for_the_neighbour", FaultKind::SharedRace, 2, 32, "initialisation"),
+    case("remote_store_not_waited", FaultKind::InFlight, 2, 32, "will arrive"),
+    case("no_barrier_there", FaultKind::Operand, 1, 64, "no mbarrier"),
+    case("initialised_without_a_barrier", FaultKind::SharedRace, 1, 64, "initialisation"),
+    case("initialised_twice", FaultKind::Operand, 1, 64, "there is one already"),
+    case("barrier_read_as_data", FaultKind::Operand, 1, 64, "that is an mbarrier"),
+    case("too_many_arrivals", FaultKind::Deadlock, 1, 64, "arrivals"),
+    case("too_few_arrivals", FaultKind::Deadlock, 1, 64, "1 arrivals and 0 bytes"),
+    case("data_behind_an_mbarrier", FaultKind::SharedRace, 1, 64, "no barrier orders"),
+    case("state_of_long_ago", FaultKind::Operand, 1, 64, "state of phase 0"),
+    case("loaded_without_handing_over", FaultKind::MissingFence, 1, 64, "fence.mbarrier_init"),
+    case("load_not_waited", FaultKind::InFlight, 1, 64, "will arrive"),
+    case("load_waited_by_another_warp", FaultKind::SharedRace, 1, 64, "asynchronous copy"),
+    case("load_tried_once", FaultKind::InFlight, 1, 64, "will arrive"),
+    case("fewer_bytes_expected", FaultKind::InFlight, 1, 64, "will arrive"),
+    case("more_bytes_expected", FaultKind::Deadlock, 1, 64, "16 bytes"),
+    case("load_never_waited", FaultKind::InFlight, 1, 64, "the block ends"),
+    case("load_misaligned", FaultKind::Misaligned, 1, 64, "the source"),
+    case("load_outside", FaultKind::OutOfBounds, 1, 64, "outside of every shared array"),
+    case("load_source_changes", FaultKind::InFlight, 1, 64, "was changed"),
+    case("load_over_data_in_use", FaultKind::SharedRace, 1, 64, "races with a read"),
+    case("load_over_ordinary_writes", FaultKind::MissingFence, 1, 64, "fence.proxy.async"),
+    case("stored_without_handing_over", FaultKind::MissingFence, 1, 64, "fence.proxy.async"),
+    case("stored_without_a_barrier", FaultKind::SharedRace, 1, 64, "races with a write"),
+    case("store_source_overwritten", FaultKind::InFlight, 1, 64, "still reads"),
+    case("store_not_waited", FaultKind::InFlight, 1, 64, "the block ends"),
+    case("store_not_committed", FaultKind::InFlight, 1, 64, "the block ends"),
+    case("stored_data_read_back_early", FaultKind::InFlight, 1, 64, "bulk store"),
+    case("no_tensor_map", FaultKind::Operand, 1, 64, "no tensor map"),
+    case("counted_copies_not_waited", FaultKind::InFlight, 1, 64, "will arrive"),
+    case("registers_that_nobody_gives", FaultKind::Deadlock, 1, 384, "240 registers"),
+    case("product_of_what_was_not_handed_over", FaultKind::MissingFence, 1, 128, "fence.proxy.async"),
+    case("product_without_a_barrier", FaultKind::SharedRace, 1, 128, "races with a write"),
+    case("product_without_a_fence", FaultKind::MissingFence, 1, 128, "wgmma.fence"),
+    case("sums_read_early", FaultKind::InFlight, 1, 128, "wgmma"),
+    case("product_not_committed", FaultKind::InFlight, 1, 128, "wgmma"),
+    case("operand_overwritten", FaultKind::InFlight, 1, 128, "still reads"),
+    case("operand_released_early", FaultKind::SharedRace, 1, 256, "asynchronous work of warp"),
+    case("fragment_changed", FaultKind::InFlight, 1, 128, "wgmma"),
+    case("product_never_waited", FaultKind::InFlight, 1, 128, "waited for its wgmma"),
+    case("three_warps_multiply", FaultKind::Divergence, 1, 128, "products of wgmma"),
+    case(
+        "warps_multiply_different_things",
+        FaultKind::Divergence,
+        1,
+        128,
+        "the warps of the warpgroup differ",
+    ),
+    case("pattern_not_aligned", FaultKind::Operand, 1, 128, "pattern"),
+    case("operand_outside", FaultKind::OutOfBounds, 1, 128, "outside of every shared array"),
+];
+
 /// Kernels whose `broken` form is as right as the other.
 const FINE: &[(&str, u32, u32)] = &[
     ("read_constant_data", 1, 32),
@@ -69,8 +133,13 @@ fn spec() -> Spec {
 }
 
 fn run(kernel: &str, blocks: u32, threads: u32, broken: u32) -> Result<Counters, Box<Fault>> {
-    let module = Module::parse("faults", include_str!("kernels/faults.ptx")).unwrap();
-    let gpu = Gpu::new(spec());
+    let mut module = Module::parse("faults", include_str!("kernels/faults.ptx")).unwrap();
+    let mut spec = spec();
+    if module.entry(kernel).is_none() {
+        module = Module::parse("hopper", include_str!("kernels/hopper_faults.ptx")).unwrap();
+        spec = Spec { max_warp_instructions: 100_000, ..Spec::h200() };
+    }
+    let gpu = Gpu::new(spec);
     let n = blocks * threads;
     let (x, y) = (gpu.alloc(4 * n as usize, "x").unwrap(), gpu.alloc(4 * n as usize, "y").unwrap());
     let data: Vec<u8> = (0..n).flat_map(|i| (i as f32).to_le_bytes()).collect();
@@ -86,7 +155,7 @@ fn run(kernel: &str, blocks: u32, threads: u32, broken: u32) -> Result<Counters,
 
 #[test]
 fn every_check_finds_its_mistake_and_nothing_else() {
-    for case in CASES {
+    for case in CASES.iter().chain(HOPPER) {
         if let Err(fault) = run(case.kernel, case.blocks, case.threads, 0) {
             panic!("{} is right and was refused: {fault}", case.kernel);
         }

@@ -43,8 +43,13 @@ fn matrix_product_with_async_copies_and_tensor_cores() {
     }
     params.extend((0..16).flat_map(|_| 1f32.to_le_bytes()));
     params.resize(104, 0);
-    let launch =
-        Launch { grid: [1, 2, 1], block: [128, 1, 1], cluster: [1; 3], dynamic_shared: 2 * 64 * 40 * 2 };
+    let launch = Launch {
+        grid: [1, 2, 1],
+        block: [128, 1, 1],
+        cluster: [1; 3],
+        dynamic_shared: 2 * 64 * 40 * 2,
+        overlap: false,
+    };
     let counters = gpu.launch(&module(), "mm", &launch, &[&params]).unwrap();
     let mut out = vec![0; 4 * m * n];
     gpu.read(pc, &mut out).unwrap();

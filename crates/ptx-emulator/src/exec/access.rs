@@ -270,9 +270,8 @@ pub(crate) fn load_shared<const S: usize>(
         let offset = at[lane] as usize;
         if !op.strong {
             shared.note_read::<S>(clocks, offset, op.used, Who { warp, lane })?;
-        } else if !shared.inside(offset, S) {
-            // Reports where it is wrong.
-            shared.note_read::<S>(clocks, offset, op.used, Who { warp, lane })?;
+        } else {
+            shared.check_read(offset, S, lane)?;
         }
         out[lane] = shared.get(offset);
     }

@@ -1,32 +1,74 @@
 //! Who knows of whose accesses: vector clocks of the warps of a cluster, for finding races.
 //!
 //! Time is one counter per cluster that steps at every synchronisation. An access at time `t` of warp `w` happened
-//! before what warp `u` does now if and only if `known(u, w) > t`.
+//! before what warp `u` does now if and only if `known(u, w) > t`. Behind the warps come the agents that copy bulks, one
+//! per block: they only publish.
 
 pub(crate) struct Clocks {
     now: u32,
     warps: usize,
+    /// Entries of a row: warps and agents.
+    width: usize,
     known: Vec<u32>,
+    /// The same for what proxy fences have handed to asynchronous work; empty where there is none.
+    fenced: Vec<u32>,
+    /// By warp: what its last fence published.
+    fences: Vec<Option<Released>>,
+    /// By warp: the grids before this one are known to have ended.
+    dependency: Vec<bool>,
 }
 
 /// What a warp knew when it released something, for whoever acquires it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Released(Vec<u32>);
+pub(crate) struct Released {
+    known: Vec<u32>,
+    fenced: Vec<u32>,
+    dependency: bool,
+}
+
+fn join(mine: &mut [u32], theirs: &[u32]) {
+    for (mine, &theirs) in mine.iter_mut().zip(theirs) {
+        *mine = (*mine).max(theirs);
+    }
+}
 
 impl Clocks {
     pub(crate) fn new() -> Clocks {
-        Clocks { now: 0, warps: 0, known: Vec::new() }
+        Clocks {
+            now: 0,
+            warps: 0,
+            width: 0,
+            known: Vec::new(),
+            fenced: Vec::new(),
+            fences: Vec::new(),
+            dependency: Vec::new(),
+        }
     }
 
     /// A new cluster begins: everything earlier is known to all. False if time is about to run out.
-    pub(crate) fn restart(&mut self, warps: usize) -> bool {
+    pub(crate) fn restart(
+        &mut self,
+        warps: usize,
+        agents: usize,
+        asynchronous: bool,
+        dependency: bool,
+    ) -> bool {
         if self.now > 1 << 27 {
             return false;
         }
         self.now += 1;
         self.warps = warps;
+        self.width = warps + agents;
         self.known.clear();
-        self.known.resize(warps * warps, self.now);
+        self.known.resize(warps * self.width, self.now);
+        self.fenced.clear();
+        if asynchronous {
+            self.fenced.resize(warps * self.width, self.now);
+        }
+        self.fences.clear();
+        self.fences.resize(warps, None);
+        self.dependency.clear();
+        self.dependency.resize(warps, dependency);
         true
     }
 
@@ -46,11 +88,22 @@ impl Clocks {
     /// The row of what a warp knows of every other.
     #[inline(always)]
     pub(crate) fn of(&self, warp: usize) -> &[u32] {
-        &self.known[warp * self.warps..(warp + 1) * self.warps]
+        &self.known[warp * self.width..(warp + 1) * self.width]
+    }
+
+    /// The row of what asynchronous work of a warp may read.
+    pub(crate) fn fenced(&self, warp: usize) -> &[u32] {
+        self.fenced.get(warp * self.width..(warp + 1) * self.width).unwrap_or_default()
     }
 
     fn of_mut(&mut self, warp: usize) -> &mut [u32] {
-        &mut self.known[warp * self.warps..(warp + 1) * self.warps]
+        &mut self.known[warp * self.width..(warp + 1) * self.width]
+    }
+
+    /// A time after everything so far.
+    pub(crate) fn tick(&mut self) -> u32 {
+        self.now += 1;
+        self.now
     }
 
     /// The lanes of a warp meet.
@@ -63,26 +116,75 @@ impl Clocks {
     /// What a warp did so far, to be published.
     pub(crate) fn release(&mut self, warp: usize) -> Released {
         self.now += 1;
-        let mut row = self.of(warp).to_vec();
-        row[warp] = self.now;
-        Released(row)
+        let mut known = self.of(warp).to_vec();
+        known[warp] = self.now;
+        Released { known, fenced: self.fenced(warp).to_vec(), dependency: self.dependency[warp] }
+    }
+
+    /// What a warp's last fence published: all that a relaxed arrival hands on.
+    pub(crate) fn release_fence(&self, warp: usize) -> Option<&Released> {
+        self.fences[warp].as_ref()
+    }
+
+    /// A memory fence: what came before it may be published by a relaxed arrival.
+    pub(crate) fn fence(&mut self, warp: usize) {
+        self.fences[warp] = Some(self.release(warp));
+    }
+
+    /// A proxy fence: asynchronous work may read what the warp knows of.
+    pub(crate) fn fence_proxy(&mut self, warp: usize) {
+        self.now += 1;
+        let start = warp * self.width;
+        let range = start..start + self.width;
+        if self.fenced.is_empty() {
+            return;
+        }
+        self.fenced[range.clone()].copy_from_slice(&self.known[range]);
+        self.fenced[start + warp] = self.now;
+    }
+
+    /// An agent has written something, at the time that is returned; whoever acquires the rest knows of it.
+    pub(crate) fn complete(&mut self, agent: usize) -> (u32, Released) {
+        let at = self.now;
+        self.now += 1;
+        let mut known = vec![0; self.width];
+        known[agent] = self.now;
+        (at, Released { known, fenced: Vec::new(), dependency: false })
     }
 
     pub(crate) fn acquire(&mut self, warp: usize, from: &Released) {
-        for (mine, &theirs) in self.of_mut(warp).iter_mut().zip(&from.0) {
-            *mine = (*mine).max(theirs);
+        join(self.of_mut(warp), &from.known);
+        let range = warp * self.width..(warp + 1) * self.width;
+        if let Some(mine) = self.fenced.get_mut(range) {
+            join(mine, &from.fenced);
         }
+        self.dependency[warp] |= from.dependency;
+    }
+
+    /// `griddepcontrol.wait`
+    pub(crate) fn depend(&mut self, warp: usize) {
+        self.dependency[warp] = true;
+    }
+
+    /// Whether the grids before this one are known to have ended.
+    #[inline(always)]
+    pub(crate) fn depended(&self, warp: usize) -> bool {
+        self.dependency[warp]
     }
 }
 
 impl Released {
     pub(crate) fn join(&mut self, other: &Released) {
-        if self.0.is_empty() {
-            self.0.clone_from(&other.0);
+        if self.known.is_empty() {
+            self.clone_from(other);
             return;
         }
-        for (mine, &theirs) in self.0.iter_mut().zip(&other.0) {
-            *mine = (*mine).max(theirs);
+        join(&mut self.known, &other.known);
+        if self.fenced.is_empty() {
+            self.fenced.clone_from(&other.fenced);
+        } else {
+            join(&mut self.fenced, &other.fenced);
         }
+        self.dependency |= other.dependency;
     }
 }

@@ -1,6 +1,7 @@
 //! `cp.async`: copies that complete as late as they may, when their thread waits for them.
 
 use super::access::{addresses, check_aligned, lanes};
+use super::bulk::Work;
 use super::machine::Machine;
 use super::shared::{Who, state};
 use super::stats::count_sectors;
@@ -31,6 +32,7 @@ impl Machine<'_> {
             let mut snapshot = [0; 16];
             if read > 0 {
                 let (a, offset) = self.global.find(src[lane], read, lane, false)?;
+                self.check_early(warp, a, offset, read, lane, false)?;
                 let whole = if read == size { !0 } else { (1u64 << read) - 1 };
                 self.global.check_init(a, offset, read, whole, lane)?;
                 a.bytes.copy_out(offset, &mut snapshot[..read]);
@@ -65,24 +67,37 @@ impl Machine<'_> {
 
     /// Completes the groups of the lanes that may not be pending any more.
     pub(super) fn wait_copies(&mut self, warp: &mut Warp, pending: Option<u32>, m: u32) -> Run<()> {
-        let copies = std::mem::take(&mut warp.copies);
-        for copy in copies {
+        let groups = warp.groups;
+        let due = |copy: &Copy| {
             let lane = copy.lane as usize;
             let due = match pending {
                 None => true,
                 // The youngest `n` committed groups and the open one may stay.
-                Some(n) => copy.group.saturating_add(n) < warp.groups[lane],
+                Some(n) => copy.group.saturating_add(n) < groups[lane],
             };
-            if m >> lane & 1 == 1 && due {
-                self.finish_copy(warp.block, warp.id, &copy)?;
-            } else {
-                warp.copies.push(copy);
+            m >> lane & 1 == 1 && due
+        };
+        let mut copies: Vec<Copy> = warp.copies.extract_if(.., |copy| due(copy)).collect();
+        for work in &mut self.work {
+            if let Work::Copies { warp: of, copies: others, .. } = work
+                && *of == warp.id
+            {
+                copies.extend(others.extract_if(.., |copy| due(copy)));
             }
         }
-        Ok(())
+        copies.iter().try_for_each(|copy| self.finish_copy(warp.block, warp.id, copy))
     }
 
     pub(super) fn finish_copy(&mut self, block: usize, warp: usize, copy: &Copy) -> Run<()> {
+        let data = self.copied(copy)?;
+        let (lane, at, size) = (copy.lane as usize, copy.dst as usize, copy.bytes as usize);
+        let shared = &mut self.shared[block];
+        shared.put(at, &data[..size]);
+        shared.stamp_write(&self.clocks, at, size, false, Who { warp, lane })
+    }
+
+    /// What a copy brings; its source must still be what it was.
+    pub(super) fn copied(&self, copy: &Copy) -> Run<[u8; 16]> {
         let (lane, read) = (copy.lane as usize, copy.read as usize);
         let mut data = [0; 16];
         if read > 0 {
@@ -93,8 +108,6 @@ impl Machine<'_> {
                 return Err(Trouble::at(FaultKind::InFlight, lane, copy.src, message));
             }
         }
-        let shared = &mut self.shared[block];
-        shared.put(copy.dst as usize, &data[..copy.bytes as usize]);
-        shared.stamp_write(&self.clocks, copy.dst as usize, copy.bytes as usize, false, Who { warp, lane })
+        Ok(data)
     }
 }

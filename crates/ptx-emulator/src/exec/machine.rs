@@ -2,15 +2,20 @@
 
 use super::access::Global;
 use super::barrier::Barrier;
+use super::bulk::Work;
 use super::clocks::Clocks;
+use super::cluster::ClusterBarrier;
+use super::mbarrier::Mbarrier;
 use super::shared::Shared;
 use super::stats::Stats;
 use super::warp::{Split, Wait, Warp};
+use super::wgmma::Step;
 use crate::fault::{FaultKind, Run, Trouble};
 use crate::gpu::{Launch, Spec};
 use crate::memory::Memory;
 use crate::ops::lanes::WARP;
-use crate::program::{Const, Entry, File, JOIN, LaneMask, Op, Reg, Special, TRACK};
+use crate::program::{Const, Entry, FLIGHT, File, JOIN, LaneMask, Op, Reg, Special, TRACK};
+use std::collections::HashMap;
 
 /// What all workers of a launch share.
 pub(crate) struct Job<'a> {
@@ -22,6 +27,8 @@ pub(crate) struct Job<'a> {
     /// Addresses of the module's variables.
     pub globals: &'a [u64],
     pub number: u32,
+    /// May have started before the grid before it ended.
+    pub overlap: bool,
 }
 
 /// Two blocks wrote the same bytes.
@@ -60,10 +67,31 @@ pub(crate) struct Machine<'a> {
     pub(super) warps_per_block: usize,
     /// The instruction that runs, for faults.
     pub(super) pc: usize,
+    pub(super) cluster: ClusterBarrier,
+    /// By block: mbarriers by their address.
+    pub(super) mbarriers: Vec<HashMap<usize, Mbarrier>>,
+    /// Asynchronous work under way, oldest first; so much of it are stores.
+    pub(super) work: Vec<Work>,
+    pub(super) stores: usize,
+    /// By warpgroup: the products that its warps execute.
+    pub(super) steps: Vec<Vec<Step>>,
+    /// By warp: time of its last fence of mbarrier initialisations; and what each warp knows of these.
+    pub(super) init_fences: Vec<u32>,
+    pub(super) known_inits: Vec<u32>,
+    /// When the cluster began.
+    pub(super) began: u32,
+    /// 32-bit registers for the warps of a block, where the kernel says what it starts with.
+    pub(super) register_pool: u32,
+    /// The running warp has nothing to do for now.
+    pub(super) yields: bool,
+    /// Some warp let the next grid start, or ended, before it knew that the grid before had ended.
+    pub early: bool,
 }
 
 /// Instructions that a warp executes before others get their turn.
 const TURN: u32 = 20_000;
+/// Rounds in which warps only ask whether something has happened, until that is taken for a deadlock.
+const POLLS: u32 = 10_000;
 
 /// What becomes of the split that ran an instruction.
 pub(super) enum Flow {
@@ -96,6 +124,17 @@ impl<'a> Machine<'a> {
             blocks: vec![[0; 3]; per_cluster],
             warps_per_block,
             pc: 0,
+            cluster: ClusterBarrier::default(),
+            mbarriers: (0..per_cluster).map(|_| HashMap::new()).collect(),
+            work: Vec::new(),
+            stores: 0,
+            steps: Vec::new(),
+            init_fences: Vec::new(),
+            known_inits: Vec::new(),
+            began: 0,
+            register_pool: job.spec.registers / job.entry.min_blocks.unwrap_or(1).max(1),
+            yields: false,
+            early: false,
         };
         machine.prepare();
         machine
@@ -138,11 +177,21 @@ impl<'a> Machine<'a> {
         valid.push((kernel.dynamic_base, dynamic));
         let len = valid.iter().map(|v| v.0 + v.1).max().unwrap_or(0);
         let warps = self.warps.len();
-        if !self.clocks.restart(warps) {
+        let (asynchronous, depended) = (kernel.asynchronous, !self.job.overlap);
+        if !self.clocks.restart(warps, per_cluster, asynchronous, depended) {
             self.shared.iter_mut().for_each(Shared::forget);
             self.clocks.reset();
-            self.clocks.restart(warps);
+            self.clocks.restart(warps, per_cluster, asynchronous, depended);
         }
+        self.began = self.clocks.now();
+        self.cluster = ClusterBarrier::default();
+        self.mbarriers.iter_mut().for_each(HashMap::clear);
+        self.steps.iter_mut().for_each(Vec::clear);
+        self.init_fences.clear();
+        self.init_fences.resize(warps, 0);
+        self.known_inits.clear();
+        self.known_inits.resize(warps * warps, 0);
+        let registers = starting_registers(self.job, self.warps_per_block);
         for shared in &mut self.shared {
             shared.restart(len, warps, &valid);
         }
@@ -154,6 +203,7 @@ impl<'a> Machine<'a> {
         for warp in &mut self.warps {
             let lanes = (threads - warp.index * WARP).min(WARP) as u32;
             warp.restart(kernel, u32::MAX >> (32 - lanes));
+            warp.registers = registers;
             let block = blocks[warp.block];
             let context = (warp.index, warp.block, per_block);
             for &(reg, special) in &kernel.specials {
@@ -179,27 +229,29 @@ impl<'a> Machine<'a> {
         self.begin(first);
         let mut idle_rounds = 0;
         loop {
-            let (mut running, mut progress) = (false, false);
+            let (mut running, mut progress, mut polls) = (false, false, false);
             for w in 0..self.warps.len() {
                 if self.warps[w].done() {
                     continue;
                 }
                 running = true;
+                self.poll(w);
                 progress |= self.turn(w)?;
+                polls |= std::mem::take(&mut self.yields);
             }
             if !running {
                 return Ok(());
             }
             idle_rounds = if progress { 0 } else { idle_rounds + 1 };
-            if idle_rounds > 0 && !self.advance() {
+            if idle_rounds > 0 && !self.advance()? && !(polls && idle_rounds < POLLS) {
                 return Err(self.deadlock());
             }
         }
     }
 
     /// Completes asynchronous work that somebody waits for; false if there is none.
-    fn advance(&mut self) -> bool {
-        false
+    fn advance(&mut self) -> Result<bool, Place> {
+        self.complete_work().map_err(|trouble| self.place(trouble, 0, 0))
     }
 
     fn place(&self, trouble: Box<Trouble>, w: usize, mask: u32) -> Place {
@@ -221,7 +273,9 @@ impl<'a> Machine<'a> {
                 let info = &self.job.entry.kernel.info[split.pc as usize];
                 let info = match split.wait {
                     // A split at a barrier has already stepped over it.
-                    Wait::Barrier(_) => &self.job.entry.kernel.info[split.pc as usize - 1],
+                    Wait::Barrier(_) | Wait::Cluster(..) | Wait::Registers(_) => {
+                        &self.job.entry.kernel.info[split.pc as usize - 1]
+                    }
                     _ => info,
                 };
                 let what = match split.wait {
@@ -230,6 +284,11 @@ impl<'a> Machine<'a> {
                     Wait::Barrier(id) => {
                         format!("waits at barrier {id}{}", self.barrier_state(warp.block, id))
                     }
+                    Wait::Cluster(..) => "waits at the barrier of the cluster".to_string(),
+                    Wait::Mbarrier { block, at, .. } => {
+                        format!("waits for the mbarrier at {at:#x}{}", self.mbarrier_state(block, at))
+                    }
+                    Wait::Registers(n) => format!("waits for {n} registers per thread"),
                 };
                 let source = info.loc.map_or(String::new(), |l| format!(", source line {}", l.line));
                 lines.push(format!(
@@ -246,7 +305,7 @@ impl<'a> Machine<'a> {
         let w = self.warps.iter().position(|w| !w.done()).unwrap_or(0);
         let mut place = self.place(Trouble::new(FaultKind::Deadlock, message), w, 0);
         place.pc = self.warps[w].splits.first().map(|s| match s.wait {
-            Wait::Barrier(_) => s.pc as usize - 1,
+            Wait::Barrier(_) | Wait::Cluster(..) | Wait::Registers(_) => s.pc as usize - 1,
             _ => s.pc as usize,
         });
         place
@@ -268,11 +327,14 @@ impl<'a> Machine<'a> {
                     Err(e) => Err(e),
                 },
             };
-            progress = true;
             if let Err(trouble) = step {
                 let mask = warp.splits.first().map_or(0, |s| s.mask);
                 break Err((trouble, mask));
             }
+            if self.yields {
+                break Ok(());
+            }
+            progress = true;
         };
         let steps = warp.steps;
         let ended = warp.done();
@@ -285,9 +347,16 @@ impl<'a> Machine<'a> {
         }
         if ended {
             self.barriers_after_exit(block);
+            let of_block = &self.warps[block * self.warps_per_block..(block + 1) * self.warps_per_block];
+            if result.is_ok()
+                && of_block.iter().all(Warp::done)
+                && let Err(trouble) = self.end_block(block)
+            {
+                return Err(self.place(trouble, w, 0));
+            }
         }
         match result {
-            Ok(()) => Ok(progress),
+            Ok(()) => Ok(progress || ended),
             Err((trouble, mask)) => Err(self.place(trouble, w, mask)),
         }
     }
@@ -313,6 +382,9 @@ impl<'a> Machine<'a> {
             if inst.flags & TRACK != 0 {
                 warp.splits[at].pc = pc;
                 super::track::track(kernel, warp, inst, &kernel.info[pc as usize], m, mask)?;
+            }
+            if inst.flags & FLIGHT != 0 {
+                self.touch_product(warp, &kernel.info[pc as usize], m)?;
             }
             let flow = match &inst.op {
                 Op::Alu(f, args) => {
@@ -348,6 +420,19 @@ impl<'a> Machine<'a> {
             }
         }
     }
+}
+
+/// Registers per thread of a kernel that uses `setmaxnreg`: what it declares, or all that its blocks leave; 0 if unknown.
+fn starting_registers(job: &Job, warps: usize) -> u32 {
+    let entry = job.entry;
+    if let Some(n) = entry.max_registers {
+        return n;
+    }
+    if entry.max_threads.is_none() && entry.required_threads.is_none() {
+        return 0;
+    }
+    let Some(blocks) = entry.min_blocks.filter(|&n| n > 0) else { return 0 };
+    (job.spec.registers / blocks / (warps * WARP) as u32 / 8 * 8).min(255)
 }
 
 /// Sets every lane of a row.

@@ -6,7 +6,7 @@ use super::shared::Who;
 use super::stats::count_sectors;
 use super::warp::Warp;
 use crate::fault::{FaultKind, Run, Trouble};
-use crate::memory::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_MASK};
+use crate::memory::{Allocation, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_MASK};
 use crate::ops::lanes::WARP;
 use crate::parse::ast::Space;
 use crate::program::{AtomOp, File, MemOp};
@@ -46,7 +46,7 @@ macro_rules! by_size {
 /// Lanes of a generic access by the space that their addresses are in, with the addresses in that space.
 fn split_generic(at: &[u64; WARP], mask: u32) -> Vec<(Space, u32, [u64; WARP])> {
     let space_of = |a: u64| match a & WINDOW_MASK {
-        SHARED_WINDOW => Space::Shared,
+        SHARED_WINDOW => Space::Cluster,
         LOCAL_WINDOW => Space::Local,
         PARAM_WINDOW => Space::Param,
         _ => Space::Global,
@@ -87,12 +87,20 @@ impl Machine<'_> {
             let mut data = [[0u8; S]; WARP];
             match space {
                 Space::Global | Space::Const | Space::Generic => {
+                    self.check_access(warp, at, m, S, false)?;
                     self.global.load(&mut self.stats, at, m, op.used, &mut data)?;
                 }
-                Space::Shared | Space::Cluster => {
+                Space::Shared => {
                     let shared = &mut self.shared[warp.block];
                     access::load_shared(shared, &self.clocks, warp.id, at, m, op, &mut data)?;
                     access::count_shared(&mut self.stats, self.pc, at, m, S, false);
+                }
+                Space::Cluster => {
+                    for (block, m, at) in self.by_block(warp, at, m)? {
+                        let shared = &mut self.shared[block];
+                        access::load_shared(shared, &self.clocks, warp.id, &at, m, op, &mut data)?;
+                        access::count_shared(&mut self.stats, self.pc, &at, m, S, false);
+                    }
                 }
                 Space::Local => {
                     access::load_local(warp, at, m, op.used, &mut data)?;
@@ -103,6 +111,47 @@ impl Machine<'_> {
             access::scatter(warp, op, m, &data);
         });
         Ok(())
+    }
+
+    /// Global memory that other grids or asynchronous work may be using.
+    #[inline(always)]
+    fn check_access(&self, warp: &Warp, at: &[u64; WARP], m: u32, size: usize, write: bool) -> Run<()> {
+        if self.stores == 0 && self.clocks.depended(warp.id) {
+            return Ok(());
+        }
+        for lane in lanes(m) {
+            self.check_stores(at[lane], size, lane)?;
+            // What is out of bounds is reported by the access itself.
+            if let Some(a) = self.job.memory.find(at[lane])
+                && let Some(offset) = a.offset(at[lane], size)
+            {
+                self.check_early(warp, a, offset, size, lane, write)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Before it waits for them, a grid may not touch what the grids before it write, nor write what they read.
+    #[inline(always)]
+    pub(super) fn check_early(
+        &self,
+        warp: &Warp,
+        a: &Allocation,
+        offset: usize,
+        size: usize,
+        lane: usize,
+        write: bool,
+    ) -> Run<()> {
+        if self.clocks.depended(warp.id) || !a.earlier(offset, size, write) {
+            return Ok(());
+        }
+        let message = format!(
+            "{} of byte {offset} of `{}`, which the launch before may still {}: griddepcontrol.wait is missing before it",
+            if write { "write" } else { "read" },
+            a.label,
+            if write { "read or write" } else { "write" },
+        );
+        Err(Trouble::at(FaultKind::EarlyAccess, lane, a.base + offset as u64, message))
     }
 
     fn load_param<const S: usize>(&self, at: &[u64; WARP], m: u32, out: &mut [[u8; S]; WARP]) -> Run<()> {
@@ -141,6 +190,7 @@ impl Machine<'_> {
             let data = access::gather::<S>(warp, op, m);
             match space {
                 Space::Global | Space::Generic => {
+                    self.check_access(warp, at, m, S, true)?;
                     let block = self.block_number(warp.block);
                     let (races, pc, index) = (&mut self.races, self.pc, warp.index);
                     let mut note = |lane: usize, address: u64, other: u32| {
@@ -155,10 +205,17 @@ impl Machine<'_> {
                     };
                     self.global.store(&mut self.stats, at, m, &data, &mut note, block)?;
                 }
-                Space::Shared | Space::Cluster => {
+                Space::Shared => {
                     let shared = &mut self.shared[warp.block];
                     access::store_shared(shared, &self.clocks, warp.id, at, m, op, &data)?;
                     access::count_shared(&mut self.stats, self.pc, at, m, S, true);
+                }
+                Space::Cluster => {
+                    for (block, m, at) in self.by_block(warp, at, m)? {
+                        let shared = &mut self.shared[block];
+                        access::store_shared(shared, &self.clocks, warp.id, &at, m, op, &data)?;
+                        access::count_shared(&mut self.stats, self.pc, &at, m, S, true);
+                    }
                 }
                 Space::Local => {
                     let tainted = super::track::tainted(&self.job.entry.kernel, warp, &op.regs);
@@ -192,10 +249,14 @@ impl Machine<'_> {
                 };
                 let (a, b) = (value(op.a), op.b.map_or(0, value));
                 let old = match space {
-                    Space::Global | Space::Generic => self.atomic_global(op, at[lane], a, b, lane)?,
+                    Space::Global | Space::Generic => {
+                        self.check_access(warp, &at, 1 << lane, size, true)?;
+                        self.atomic_global(op, at[lane], a, b, lane)?
+                    }
                     Space::Shared | Space::Cluster => {
-                        let shared = &mut self.shared[warp.block];
-                        let (offset, me) = (at[lane] as usize, Who { warp: warp.id, lane });
+                        let (block, offset) = self.place_of(warp, space, at[lane], lane)?;
+                        let shared = &mut self.shared[block];
+                        let me = Who { warp: warp.id, lane };
                         // Reads too: what it adds to must be there.
                         shared.note_atomic(&self.clocks, offset, size, me)?;
                         let mut old = [0; 8];

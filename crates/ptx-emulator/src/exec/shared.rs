@@ -11,6 +11,10 @@ pub(crate) mod state {
     pub(crate) const VALID: u8 = 2;
     /// Destination of an asynchronous copy that was not waited for.
     pub(crate) const ARRIVING: u8 = 3;
+    /// Valid, and source of asynchronous work that was not waited for.
+    pub(crate) const LEAVING: u8 = 4;
+    /// Part of a live mbarrier.
+    pub(crate) const BARRIER: u8 = 5;
 }
 
 /// Who accesses: warp in the cluster, and lane.
@@ -32,6 +36,11 @@ struct Write(u64);
 
 const SPLIT: u64 = 1 << 4;
 const ATOMIC: u64 = 1 << 5;
+/// Written by asynchronous work.
+const ASYNC: u64 = 1 << 6;
+
+/// Bytes that asynchronous reads are kept track of together.
+pub(crate) const UNIT: usize = 16;
 
 impl Write {
     fn new(time: u32, who: Who, flags: u64) -> Write {
@@ -65,6 +74,14 @@ pub(crate) struct Shared {
     split: Vec<Write>,
     /// Per warp of the cluster and granule: time of the last read (28 bits) and which bytes (4).
     reads: Vec<Vec<u32>>,
+    /// Per unit: asynchronous readers that were not waited for.
+    leaving: Vec<u16>,
+    /// Per warp of the cluster and unit: time when an asynchronous read was waited for.
+    async_reads: Vec<Vec<u32>>,
+    /// Whether the block has ended.
+    pub ended: bool,
+    /// Per warp of another block: time of its last access.
+    pub visitors: Vec<u32>,
 }
 
 impl Shared {
@@ -84,6 +101,9 @@ impl Shared {
         for &(start, len) in valid {
             self.state[start..start + len].fill(state::UNWRITTEN);
         }
+        self.leaving.fill(0);
+        self.ended = false;
+        self.visitors.clear();
     }
 
     /// Forgets all times, when the clock starts anew.
@@ -91,11 +111,16 @@ impl Shared {
         self.writes.fill(Write::default());
         self.split.fill(Write::default());
         self.reads.iter_mut().for_each(|r| r.fill(0));
+        self.async_reads.iter_mut().for_each(|r| r.fill(0));
     }
 
-    /// Whether `n` bytes are inside of the arrays.
-    pub(crate) fn inside(&self, at: usize, n: usize) -> bool {
-        self.state.get(at..at + n).is_some_and(|s| s.iter().all(|&s| s != state::OUTSIDE))
+    /// Checks that `n` bytes hold data, whoever wrote them.
+    pub(crate) fn check_read(&self, at: usize, n: usize, lane: usize) -> Run<()> {
+        let readable = |s: &[u8]| s.iter().all(|s| matches!(*s, state::VALID | state::LEAVING));
+        if self.state.get(at..at + n).is_some_and(readable) {
+            return Ok(());
+        }
+        Err(self.state_trouble(at, n, false, Who { warp: 0, lane }))
     }
 
     pub(crate) fn bytes(&self, at: usize, n: usize) -> &[u8] {
@@ -114,13 +139,22 @@ impl Shared {
     #[cold]
     fn state_trouble(&self, at: usize, n: usize, write: bool, me: Who) -> Box<Trouble> {
         let what = if write { "write" } else { "read" };
-        let bad = |s: u8| if write { s == state::OUTSIDE || s == state::ARRIVING } else { s != state::VALID };
+        let bad = |s: u8| match s {
+            state::VALID => false,
+            state::LEAVING => write,
+            state::UNWRITTEN => !write,
+            _ => true,
+        };
         let first = (at..at + n).find(|&i| self.state.get(i).is_none_or(|&s| bad(s))).unwrap_or(at);
         let (kind, why) = match self.state.get(first) {
             None | Some(&state::OUTSIDE) => (FaultKind::OutOfBounds, "outside of every shared array"),
             Some(&state::ARRIVING) => {
                 (FaultKind::InFlight, "where an asynchronous copy that was not waited for will arrive")
             }
+            Some(&state::LEAVING) => {
+                (FaultKind::InFlight, "that asynchronous work which was not waited for still reads")
+            }
+            Some(&state::BARRIER) => (FaultKind::Operand, "that is an mbarrier"),
             _ => (FaultKind::UninitializedMemory, "that nobody wrote"),
         };
         Trouble::at(kind, me.lane, at as u64, format!("{what} of {n} bytes of shared memory {why}"))
@@ -147,9 +181,10 @@ impl Shared {
         let valid = match self.state.get(at..at + N) {
             Some(s) if s == [state::VALID; N] => true,
             Some(s) => {
-                let fine =
-                    |(i, &s): (usize, &u8)| s == state::VALID || used >> i & 1 == 0 && s != state::OUTSIDE;
-                used != !0 && s.iter().enumerate().all(fine)
+                let fine = |(i, &s): (usize, &u8)| {
+                    matches!(s, state::VALID | state::LEAVING) || used >> i & 1 == 0 && s == state::UNWRITTEN
+                };
+                s.iter().enumerate().all(fine)
             }
             None => false,
         };
@@ -216,7 +251,8 @@ impl Shared {
 
     /// Checks an atomic: it reads and writes, and does not race with other atomics.
     pub(crate) fn note_atomic(&mut self, clocks: &Clocks, at: usize, n: usize, me: Who) -> Run<()> {
-        let ready = self.state.get(at..at + n).is_some_and(|s| s.iter().all(|&s| s == state::VALID));
+        let whole = |s: &[u8]| s.iter().all(|&s| s == state::VALID);
+        let ready = self.state.get(at..at + n).is_some_and(whole);
         if !ready {
             return Err(self.state_trouble(at, n, false, me));
         }
@@ -262,7 +298,122 @@ impl Shared {
                 }
             }
         }
+        if !self.async_reads.is_empty() {
+            self.check_async_reads(at, n, known, me)?;
+        }
         Ok(())
+    }
+
+    fn check_async_reads(&self, at: usize, n: usize, known: &[u32], me: Who) -> Run<()> {
+        for (warp, row) in self.async_reads.iter().enumerate().take(known.len()) {
+            if warp == me.warp || row.is_empty() {
+                continue;
+            }
+            for unit in at / UNIT..(at + n).div_ceil(UNIT) {
+                if row.get(unit).is_some_and(|&read| read >= known[warp]) {
+                    let other = format!("read by asynchronous work of warp {warp} of the cluster");
+                    return Err(self.race(unit * UNIT, &other, "write", me));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that asynchronous work of a thread may read or write these bytes (whole granules) from now on.
+    pub(crate) fn check_async(&self, clocks: &Clocks, at: usize, n: usize, write: bool, me: Who) -> Run<()> {
+        let known = clocks.of(me.warp);
+        let fenced = clocks.fenced(me.warp);
+        let open = self.state.get(at..at + n).is_some_and(|s| {
+            s.iter().all(|&s| match s {
+                state::VALID => true,
+                state::LEAVING => !write,
+                state::UNWRITTEN => write,
+                _ => false,
+            })
+        });
+        if !open {
+            return Err(self.state_trouble(at, n, write, me));
+        }
+        let mine = if write { "asynchronous write" } else { "asynchronous read" };
+        let check = |address: usize, last: Write, bytes: u64| {
+            if last.clashes(bytes, known, me) {
+                return Err(self.race(address, &writer(last), mine, me));
+            }
+            let handed = last.0 & bytes == 0
+                || last.0 & ASYNC != 0
+                || fenced.get(last.who().warp).is_none_or(|&f| last.time() < f);
+            if handed {
+                return Ok(());
+            }
+            let message = format!(
+                "{mine} of shared memory at {address:#x}, after a {} that no fence.proxy.async hands over",
+                writer(last)
+            );
+            Err(Trouble::at(FaultKind::MissingFence, me.lane, address as u64, message))
+        };
+        let mut checked = Write::default();
+        for (granule, mask) in granules(at, n) {
+            let last = self.writes[granule];
+            if last.0 & SPLIT != 0 {
+                for byte in 0..4 {
+                    check(granule * 4 + byte, self.split[granule * 4 + byte], 1 << byte)?;
+                }
+            } else if last.0 != checked.0 {
+                check(granule * 4, last, mask)?;
+                checked = last;
+            }
+        }
+        if write {
+            for (warp, row) in self.reads.iter().enumerate().take(clocks.warps()) {
+                if warp == me.warp || row.is_empty() {
+                    continue;
+                }
+                for (granule, mask) in granules(at, n) {
+                    let read = row[granule];
+                    if read as u64 & mask != 0 && read >> 4 >= known[warp] {
+                        let other = format!("read by warp {warp} of the cluster");
+                        return Err(self.race(granule * 4, &other, mine, me));
+                    }
+                }
+            }
+            self.check_async_reads(at, n, known, me)?;
+        }
+        Ok(())
+    }
+
+    /// An asynchronous write is there: of an agent, at a time that the clock will pass.
+    pub(crate) fn arrived(&mut self, at: usize, bytes: &[u8], agent: usize, time: u32) {
+        self.put(at, bytes);
+        for (granule, mask) in granules(at, bytes.len()) {
+            self.writes[granule] = Write::new(time, Who { warp: agent, lane: 0 }, mask | ASYNC);
+        }
+    }
+
+    /// Asynchronous work reads these bytes (whole units) from now on.
+    pub(crate) fn leave(&mut self, at: usize, n: usize) {
+        if self.leaving.len() < self.state.len() / UNIT {
+            self.leaving.resize(self.state.len() / UNIT, 0);
+        }
+        self.leaving[at / UNIT..(at + n) / UNIT].iter_mut().for_each(|count| *count += 1);
+        self.state[at..at + n].fill(state::LEAVING);
+    }
+
+    /// It has read them, and the warp knows it.
+    pub(crate) fn left(&mut self, at: usize, n: usize, warp: usize, time: u32) {
+        if self.async_reads.len() <= warp {
+            self.async_reads.resize(warp + 1, Vec::new());
+        }
+        let units = self.state.len() / UNIT;
+        if self.async_reads[warp].len() < units {
+            self.async_reads[warp].resize(units, 0);
+        }
+        for unit in at / UNIT..(at + n) / UNIT {
+            self.async_reads[warp][unit] = time;
+            self.leaving[unit] -= 1;
+            if self.leaving[unit] == 0 {
+                self.state[unit * UNIT..(unit + 1) * UNIT].fill(state::VALID);
+            }
+        }
     }
 
     #[cold]
@@ -302,6 +453,9 @@ impl Shared {
 }
 
 fn writer(write: Write) -> String {
+    if write.0 & ASYNC != 0 {
+        return "write by an asynchronous copy".into();
+    }
     format!("write by warp {} lane {} of the cluster", write.who().warp, write.who().lane)
 }
 

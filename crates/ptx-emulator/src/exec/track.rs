@@ -42,9 +42,15 @@ pub(crate) fn track(
             let p = warp.regs.pred[args.c as usize];
             warp.init[args.c as usize] & (p & of(args.a) | !p & of(args.b))
         }
+        (Undefined::Accumulate, Op::Wgmma(op)) => {
+            let add = warp.regs.pred[op.scale_d as usize] ^ if op.negate { !0 } else { 0 };
+            let matters = |u: &&Reg| add != 0 || !info.defs.contains(u);
+            info.uses.iter().filter(matters).fold(!0, |all, &u| all & warp.init[number(kernel, u)])
+        }
         _ => info.uses.iter().fold(!0, |all, &u| all & warp.init[number(kernel, u)]),
     };
-    if info.undefined == Undefined::Forbid && m & !ready != 0 {
+    let forbids = matches!(info.undefined, Undefined::Forbid | Undefined::Accumulate);
+    if forbids && m & !ready != 0 {
         let lane = (m & !ready).trailing_zeros();
         let culprit = info.uses.iter().find(|&&u| warp.init[number(kernel, u)] >> lane & 1 == 0);
         let name = culprit.map_or(String::new(), |u| format!(" ({} bits)", u.bits));
@@ -54,7 +60,7 @@ pub(crate) fn track(
         let slot = &mut warp.init[number(kernel, d)];
         *slot = *slot & !m | ready & m;
     }
-    if info.undefined == Undefined::Forbid {
+    if forbids {
         for &d in &info.defs {
             warp.init[number(kernel, d)] |= m;
         }

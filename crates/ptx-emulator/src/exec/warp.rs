@@ -3,7 +3,7 @@
 //! Lanes that run together form a split. A branch that sends them apart makes one split for each side and a frame that
 //! remembers where they meet again (the immediate post-dominator); splits that arrive there are put together.
 
-use crate::ops::lanes::{Regs, WARP};
+use crate::ops::lanes::{Regs, Row, WARP};
 use crate::program::{Kernel, NEVER};
 
 /// Why a split does not run.
@@ -14,6 +14,16 @@ pub(crate) enum Wait {
     Lanes,
     /// At a block barrier.
     Barrier(u32),
+    /// For the end of a phase of the cluster's barrier; to take what the others published, if true.
+    Cluster(u32, bool),
+    /// For the end of a phase of an mbarrier, in the shared memory of a block of the cluster.
+    Mbarrier {
+        block: usize,
+        at: usize,
+        phase: u32,
+    },
+    /// For so many registers per thread.
+    Registers(u32),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +80,38 @@ pub(crate) struct Warp {
     pub groups: [u32; WARP],
     /// Instructions executed, for the limit and the clock.
     pub steps: u64,
+    /// The last wait for an mbarrier that was told to try again: block, address, phase.
+    pub denied: Option<(usize, usize, u32)>,
+    /// Lanes that arrived at the cluster's barrier in this phase, and those that have not waited since they did.
+    pub cluster_arrived: u32,
+    pub cluster_owed: u32,
+    /// Has waited at the cluster's barrier: all its blocks have started.
+    pub met_cluster: bool,
+    /// Groups of bulk copies that each lane has committed.
+    pub bulk_groups: [u32; WARP],
+    /// Registers per thread that `setmaxnreg` has left it.
+    pub registers: u32,
+    /// Products of `wgmma` that were not waited for.
+    pub products: Vec<Product>,
+    /// Group that the next product belongs to, and products so far.
+    pub product_group: u32,
+    pub product_count: usize,
+    /// By 32-bit row: products that use it and were not waited for.
+    pub busy: Vec<u16>,
+    /// By 32-bit row: accessed since the last `wgmma.fence`.
+    pub dirty: Vec<bool>,
+}
+
+/// A `wgmma.mma_async` under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Product {
+    pub group: u32,
+    /// Rows of accumulators and of the left operand.
+    pub rows: Vec<Row>,
+    /// Accumulators come first; so many there are.
+    pub accumulators: usize,
+    /// Addresses of the 16-byte units that it reads.
+    pub units: Vec<usize>,
 }
 
 impl Warp {
@@ -83,6 +125,18 @@ impl Warp {
         self.copies.clear();
         self.groups = [0; WARP];
         self.steps = 0;
+        self.denied = None;
+        (self.cluster_arrived, self.cluster_owed) = (0, 0);
+        self.met_cluster = false;
+        self.bulk_groups = [0; WARP];
+        self.products.clear();
+        (self.product_group, self.product_count) = (0, 0);
+        if kernel.asynchronous {
+            self.busy.clear();
+            self.busy.resize(kernel.rows32, 0);
+            self.dirty.clear();
+            self.dirty.resize(kernel.rows32, true);
+        }
         self.local.resize(kernel.local_bytes * WARP, 0);
         self.local_init.clear();
         self.local_init.resize(kernel.local_bytes * WARP, 0);

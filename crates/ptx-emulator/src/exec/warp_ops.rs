@@ -13,6 +13,28 @@ impl Machine<'_> {
     pub(super) fn execute(&mut self, warp: &mut Warp, at: usize, inst: &Inst, m: u32) -> Run<Flow> {
         match &inst.op {
             Op::Alu(..) | Op::Branch { .. } | Op::Nop => {}
+            Op::GridControl(wait) => self.grid_control(warp, *wait, m),
+            Op::Cluster { mode, aligned } => {
+                if *aligned && Self::wait_for_leavers(warp, at, m) {
+                    return Ok(Flow::Again);
+                }
+                return self.cluster_barrier(warp, at, *mode, *aligned, m);
+            }
+            Op::MapAddress { d, a, rank, generic } => self.map_address(warp, *d, *a, *rank, *generic, m)?,
+            Op::RankOf { d, a, generic } => self.rank_of(warp, *d, *a, *generic, m)?,
+            Op::Fence(fence) => self.fence(warp, *fence, m),
+            Op::Mbarrier(op) => return self.mbarrier(warp, at, op, m),
+            Op::Bulk(op) => self.bulk(warp, op, m)?,
+            Op::BulkCommit => lanes(m).for_each(|l| warp.bulk_groups[l] += 1),
+            Op::BulkWait { pending, read } => self.wait_bulks(warp, *pending, *read, m)?,
+            Op::SetMaxRegisters(n, more) => return self.set_registers(warp, at, *n, *more, m),
+            Op::Wgmma(op) => self.wgmma(warp, op, m)?,
+            Op::WgmmaFence => self.fence_products(warp, m)?,
+            Op::WgmmaCommit => {
+                self.whole_warp(warp, m)?;
+                warp.product_group += 1;
+            }
+            Op::WgmmaWait(n) => self.wait_products(warp, *n, m)?,
             Op::Load(op) => self.load(warp, op, m)?,
             Op::Store(op) => self.store(warp, op, m)?,
             Op::Atomic(op) => self.atomic(warp, op, m)?,
@@ -21,6 +43,7 @@ impl Machine<'_> {
                 if m == 0 {
                     return Ok(Flow::Next);
                 }
+                self.early |= !self.clocks.depended(warp.id);
                 if warp.exit(at, m) {
                     return Ok(Flow::Again);
                 }

@@ -7,7 +7,7 @@ use super::registers::Name;
 use super::{Call, Lower, Lowered, MAX_CALL_DEPTH};
 use crate::counters::Class;
 use crate::parse::ast::{Operand, Space};
-use crate::program::{ALWAYS, Address, Bar, BarMode, Const, File, MemOp, Op, Reg};
+use crate::program::{ALWAYS, Address, Bar, BarMode, Const, Fence, File, MemOp, Op, Reg};
 
 impl Lower<'_> {
     /// Control flow and barriers; false if this is none.
@@ -69,7 +69,7 @@ impl Lower<'_> {
                 self.class = Some(Class::Barrier);
                 m.one_of(&["sc", "acq_rel", "acquire", "release"]);
                 m.one_of(&["cta", "cluster", "gpu", "gl", "sys"]);
-                self.emit(Op::Nop);
+                self.emit(Op::Fence(Fence::Memory));
             }
             _ => return Ok(false),
         }

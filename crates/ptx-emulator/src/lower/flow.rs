@@ -1,7 +1,8 @@
 //! Control flow of a program: where branches meet again, which registers may be read before they are written, and how
 //! many are live at once.
 
-use crate::program::{ALWAYS, File, JOIN, Kernel, NEVER, Op, Reg, TRACK, Undefined};
+use crate::ops::wgmma::Left;
+use crate::program::{ALWAYS, FLIGHT, File, JOIN, Kernel, NEVER, Op, Reg, TRACK, Undefined};
 
 /// Basic blocks: code ranges and successors. The last index stands for the exit of the program.
 struct Graph {
@@ -193,7 +194,33 @@ pub(super) fn analyse(kernel: &mut Kernel) -> u32 {
     let preds = kernel.preds;
     let numbers = Numbers { preds, rows32: kernel.rows32, all: preds + kernel.rows32 + kernel.rows64 };
     mark_uninitialised(kernel, &graph, &numbers);
+    mark_products(kernel);
     live_registers(kernel, &graph, &numbers)
+}
+
+/// Flags every instruction beside `wgmma` that touches a register of one.
+fn mark_products(kernel: &mut Kernel) {
+    let mut used = vec![false; kernel.rows32];
+    for inst in &kernel.code {
+        match &inst.op {
+            Op::Wgmma(op) => {
+                kernel.asynchronous = true;
+                let left = match &op.a {
+                    Left::Registers(a) => a.as_slice(),
+                    Left::Shared(_) => &[],
+                };
+                op.d.iter().chain(left).for_each(|&row| used[row as usize] = true);
+            }
+            Op::Bulk(_) | Op::Mbarrier(_) => kernel.asynchronous = true,
+            _ => {}
+        }
+    }
+    for (inst, info) in kernel.code.iter_mut().zip(&kernel.info) {
+        let of_product = |r: &Reg| r.file == File::R32 && used[r.row as usize];
+        if !matches!(inst.op, Op::Wgmma(_)) && info.uses.iter().chain(&info.defs).any(of_product) {
+            inst.flags |= FLIGHT;
+        }
+    }
 }
 
 /// Flags every instruction that touches a register which some path leaves unwritten before a use.
@@ -213,7 +240,8 @@ fn mark_uninitialised(kernel: &mut Kernel, graph: &Graph, numbers: &Numbers) {
     };
     let step = |kernel: &Kernel, set: &mut Set, pc: usize| {
         let info = &kernel.info[pc];
-        let ready = info.undefined == Undefined::Forbid || info.uses.iter().all(|u| set.has(numbers.of(*u)));
+        let forbids = matches!(info.undefined, Undefined::Forbid | Undefined::Accumulate);
+        let ready = forbids || info.uses.iter().all(|u| set.has(numbers.of(*u)));
         let always = kernel.code[pc].guard == ALWAYS;
         for d in &info.defs {
             let i = numbers.of(*d);

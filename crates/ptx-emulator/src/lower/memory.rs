@@ -7,7 +7,7 @@ use crate::counters::Class;
 use crate::ops::atomic;
 use crate::ops::lanes::{Args, alu};
 use crate::parse::ast::{Operand, Space};
-use crate::program::{AtomOp, CpAsync, MemOp, Op, Undefined};
+use crate::program::{AtomOp, Bulk, CpAsync, MemOp, Op, Undefined};
 
 /// Modifiers that only steer caches or name a scope that the emulator need not tell apart.
 fn take_hints(m: &mut Mods) {
@@ -52,7 +52,7 @@ impl Lower<'_> {
                 self.class = Some(Class::Load);
                 self.load(m, ops)?;
             }
-            "st" => {
+            "st" if !m.opcode.contains("async") => {
                 self.class = Some(Class::Store);
                 self.store(m, ops)?;
             }
@@ -64,10 +64,18 @@ impl Lower<'_> {
                 self.class = Some(Class::Async);
                 self.copy_async(m, ops)?;
             }
+            "prefetch" if m.opcode.ends_with(".tensormap") => {
+                self.class = Some(Class::Other);
+                m.take("tensormap");
+                let space = take_space(m);
+                self.arity(ops, 1)?;
+                let map = self.address(&ops[0], space)?;
+                self.emit(Op::Bulk(Box::new(Bulk::PrefetchTensor { map, at: Vec::new() })));
+            }
             "prefetch" | "prefetchu" | "applypriority" | "discard" => {
                 self.class = Some(Class::Other);
                 take_space(m);
-                while m.prefixed("L").is_some() || m.prefixed("tensormap").is_some() {}
+                while m.prefixed("L").is_some() {}
                 self.address(&ops[0], Space::Generic)?;
                 self.emit(Op::Nop);
             }

@@ -5,6 +5,7 @@ mod convert;
 mod float;
 mod flow;
 mod half;
+mod hopper;
 mod integer;
 mod memory;
 mod mods;
@@ -114,6 +115,7 @@ impl<'a> Lower<'a> {
             consts: self.regs.consts(),
             specials: self.regs.specials(),
             suspects: Vec::new(),
+            asynchronous: false,
             reconverge: vec![NEVER; self.code.len()],
             param_bytes: offset,
             shared: self.shared,
@@ -130,6 +132,7 @@ impl<'a> Lower<'a> {
             local: kernel.local_bytes,
             max_threads: func.max_threads,
             required_threads: func.required_threads,
+            min_blocks: func.min_blocks,
             required_cluster: func.required_cluster,
             max_registers: func.max_registers,
             live_registers,
@@ -287,7 +290,8 @@ impl<'a> Lower<'a> {
             || self.convert(&mut mods, ops)?
             || self.memory(&mut mods, ops)?
             || self.control(&mut mods, ops)?
-            || self.warp(&mut mods, ops)?;
+            || self.warp(&mut mods, ops)?
+            || self.hopper(&mut mods, ops)?;
         if !known {
             return Err(mods.unsupported());
         }

@@ -122,11 +122,19 @@ impl Lower<'_> {
             "isspacep" => {
                 self.class = Some(Class::Predicate);
                 self.arity(ops, 2)?;
-                let space = m.one_of(&["global", "shared", "shared::cta", "local", "const", "param"]);
+                let space = m.one_of(&[
+                    "global",
+                    "shared",
+                    "shared::cta",
+                    "shared::cluster",
+                    "local",
+                    "const",
+                    "param",
+                ]);
                 let a = self.src(&ops[1], Ty::U64)?;
                 let d = self.dst(&ops[0], Ty::Pred)?;
                 let f = match space {
-                    Some("shared" | "shared::cta") => in_window!(SHARED_WINDOW),
+                    Some("shared" | "shared::cta" | "shared::cluster") => in_window!(SHARED_WINDOW),
                     Some("local") => in_window!(LOCAL_WINDOW),
                     Some("param") => in_window!(PARAM_WINDOW),
                     Some("global") => crate::ops::lanes::test!(u64; |a, _| a & WINDOW_MASK > PARAM_WINDOW),

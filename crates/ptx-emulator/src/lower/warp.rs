@@ -116,7 +116,7 @@ impl Lower<'_> {
     }
 
     /// `{a, b, c, d}` or one register, as rows.
-    fn rows(&mut self, op: &Operand, ty: Ty, dest: bool) -> Lowered<Vec<Row>> {
+    pub(super) fn rows(&mut self, op: &Operand, ty: Ty, dest: bool) -> Lowered<Vec<Row>> {
         let parts = match op {
             Operand::Vector(parts) => parts.as_slice(),
             one => std::slice::from_ref(one),

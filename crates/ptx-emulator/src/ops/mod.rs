@@ -7,3 +7,4 @@ pub(crate) mod integer;
 pub(crate) mod lanes;
 pub(crate) mod matrix;
 pub(crate) mod round;
+pub(crate) mod wgmma;
