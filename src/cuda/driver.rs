@@ -21,7 +21,8 @@ use cudarc::driver::sys;
 use cudarc::driver::{CudaContext, CudaStream, CudaView, CudaViewMut, DeviceSlice, DriverError, SyncOnDrop};
 
 use super::{
-    Image, Kernel, Launch, MemoryId, Properties, Queue, Target, View, ViewMut, kernels, modules, origin,
+    EncodedMap, Image, Kernel, Launch, MemoryId, Properties, Queue, Swizzle, Target, TensorMap, View,
+    ViewMut, kernels, modules, origin,
 };
 use crate::{Error, Result};
 
@@ -188,6 +189,54 @@ unsafe impl Queue for CudaQueue {
             )
         };
         check(result, "cuMemcpyHtoDAsync")
+    }
+
+    fn encode(&self, map: &TensorMap<'_>) -> Result<EncodedMap> {
+        use sys::CUtensorMapDataType::{
+            CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_UINT16, CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            CU_TENSOR_MAP_DATA_TYPE_UINT64,
+        };
+        use sys::CUtensorMapSwizzle::{
+            CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_SWIZZLE_NONE,
+        };
+        map.check()?;
+        if self.library.properties.capability.0 < 9 {
+            return Err(device_error("tensor map", "the device has none"));
+        }
+        let element = match map.element_bytes {
+            1 => CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2 => CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            4 => CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            _ => CU_TENSOR_MAP_DATA_TYPE_UINT64,
+        };
+        let swizzle = match map.swizzle {
+            Swizzle::None => CU_TENSOR_MAP_SWIZZLE_NONE,
+            Swizzle::Bytes32 => CU_TENSOR_MAP_SWIZZLE_32B,
+            Swizzle::Bytes64 => CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::Bytes128 => CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let mut encoded = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the arrays have as many items as there are dimensions (strides one fewer, and element strides five);
+        // the driver only reads them and writes the map. It does not touch the memory at the address.
+        let result = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut encoded,
+                element,
+                map.dims.len() as u32,
+                ptr::with_exposed_provenance_mut(map.address as usize),
+                map.dims.as_ptr(),
+                map.strides.as_ptr(),
+                map.box_dims.as_ptr(),
+                [1; 5].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        check(result, "cuTensorMapEncodeTiled")?;
+        Ok(EncodedMap(encoded.opaque))
     }
 }
 

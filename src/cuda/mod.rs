@@ -21,6 +21,7 @@ pub mod nf4_dequantize;
 pub mod nf4_merge;
 pub mod nf4_quantize;
 mod queue;
+mod tensor_map;
 mod view;
 
 pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, check_adapter_index};
@@ -30,6 +31,7 @@ pub use driver::{CudaQueue, CudaRead, CudaWrite};
 pub use image::{Image, Target, modules, origin};
 pub use nf4::{AbsmaxView, NestedView, Nf4View, Nf4ViewMut, Search};
 pub use queue::{Kernel, Launch, Properties, Queue};
+pub use tensor_map::{EncodedMap, Swizzle, TensorMap};
 pub use view::{MemoryId, View, ViewMut};
 
 /// The tables of all operations: one line each.

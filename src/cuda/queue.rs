@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 
-use super::MemoryId;
+use super::{EncodedMap, MemoryId, TensorMap};
 use crate::Result;
 
 /// An entry of one of the compiled modules.
@@ -80,4 +80,11 @@ pub unsafe trait Queue {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) when the device refuses it.
     unsafe fn upload(&self, destination: u64, bytes: &[u8]) -> Result<()>;
+
+    /// What a kernel on this device takes for a tensor map. Only the host is at work here; for maps that are made once.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for a map that the hardware does not take, and
+    /// [`Error::Device`](crate::Error::Device) for a device without them: they came with capability 9.0.
+    fn encode(&self, map: &TensorMap<'_>) -> Result<EncodedMap>;
 }

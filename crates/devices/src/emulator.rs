@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lora_kernels::cuda::{
-    Image, Kernel, Launch, MemoryId, Properties, Queue, Target, kernels, modules, origin,
+    EncodedMap, Image, Kernel, Launch, MemoryId, Properties, Queue, Swizzle, Target, TensorMap, kernels,
+    modules, origin,
 };
 use lora_kernels::{Error, Result};
 use ptx_emulator::{Counters, Gpu, MemoryError, Module, Spec};
@@ -103,6 +104,29 @@ unsafe impl Queue for Emulator {
 
     unsafe fn upload(&self, destination: u64, bytes: &[u8]) -> Result<()> {
         self.gpu.write(destination, bytes).map_err(|e| device_error("upload", e))
+    }
+
+    fn encode(&self, map: &TensorMap<'_>) -> Result<EncodedMap> {
+        map.check()?;
+        if self.properties.capability.0 < 9 {
+            return Err(device_error("tensor map", "the device has none"));
+        }
+        let map = ptx_emulator::TensorMap {
+            address: map.address,
+            element_bytes: map.element_bytes,
+            dims: map.dims.to_vec(),
+            strides: map.strides.to_vec(),
+            box_dims: map.box_dims.to_vec(),
+            swizzle: match map.swizzle {
+                Swizzle::None => ptx_emulator::Swizzle::None,
+                Swizzle::Bytes32 => ptx_emulator::Swizzle::Bytes32,
+                Swizzle::Bytes64 => ptx_emulator::Swizzle::Bytes64,
+                Swizzle::Bytes128 => ptx_emulator::Swizzle::Bytes128,
+            },
+            fill_nan: false,
+        };
+        let bytes = map.encode().map_err(|e| device_error("tensor map", e))?;
+        Ok(bytemuck::cast(bytes))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lora_kernels::Result;
-use lora_kernels::cuda::{Launch, Properties, Queue};
+use lora_kernels::cuda::{EncodedMap, Launch, Properties, Queue, TensorMap};
 
 use crate::{Backend, launched};
 
@@ -29,5 +29,9 @@ unsafe impl Queue for Front {
     unsafe fn upload(&self, destination: u64, bytes: &[u8]) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.backend.queue().upload(destination, bytes) }
+    }
+
+    fn encode(&self, map: &TensorMap<'_>) -> Result<EncodedMap> {
+        self.backend.queue().encode(map)
     }
 }
