@@ -5,7 +5,8 @@
 //! computed. Rows named `layer` are a model's four products one after the other, each from the output of the
 //! one before. `share` is of the bandwidth that a copy reaches in the same run, counting what has to be read and written once.
 //!
-//! `cargo bench --bench decode` runs all of it; `-- --model 8B --op qkv --tokens 1,16 --weight nf4 --adapters none` what fits.
+//! `cargo bench --bench decode` runs all of it; `-- --model 8B --op qkv --tokens 1,16 --weight nf4 --adapters none` what fits,
+//! `--quick` all of the first model and a part of the others.
 //! Without a GPU, and without `--bench` (as in `cargo test --benches`), the same code runs on a model of toy size, in the
 //! emulator, and measures nothing. With LORA_KERNELS_RESULTS rows are written to `decode.json` in that folder too.
 
@@ -152,6 +153,8 @@ struct Config {
     /// Bytes that a graph reads at least; the caches hold less.
     rotate: usize,
     replays: usize,
+    /// Models but the first with 1 and 16 tokens only.
+    quick: bool,
     /// `--model` and so on, with what was given for them.
     filters: Vec<(String, String)>,
 }
@@ -166,6 +169,7 @@ impl Config {
             .collect();
         let asked = arguments.iter().any(|argument| argument == "--bench");
         let test = arguments.iter().any(|argument| argument == "--test");
+        let quick = arguments.iter().any(|argument| argument == "--quick");
         let measured = if asked && !test { Device::cuda().ok() } else { None };
         match measured {
             Some(device) if std::env::var("LORA_KERNELS_DEVICE").as_deref() != Ok("emulator") => Self {
@@ -177,6 +181,7 @@ impl Config {
                 adapters: 1 << 27,
                 rotate: 300 << 20,
                 replays: 11,
+                quick,
                 filters,
             },
             _ => Self {
@@ -188,6 +193,7 @@ impl Config {
                 adapters: 1 << 18,
                 rotate: 0,
                 replays: 1,
+                quick,
                 filters: Vec::new(),
             },
         }
@@ -517,7 +523,9 @@ impl Bench<'_> {
                 if storage == Storage::Nothing && adapters == Adapters::None {
                     continue;
                 }
-                for &tokens in config.tokens.iter().filter(|m| config.wants("tokens", &m.to_string())) {
+                let all = !config.quick || model == config.models[0].name;
+                let tokens = config.tokens.iter().filter(|&&m| all || m == 1 || m == 16);
+                for &tokens in tokens.filter(|m| config.wants("tokens", &m.to_string())) {
                     self.measure([model, op], sizes, tokens, storage, adapters);
                 }
             }

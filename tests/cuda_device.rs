@@ -9,7 +9,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream};
 use lora_kernels::DType;
 use lora_kernels::cuda::nf4_dequantize::{Plan, Shape, plan};
-use lora_kernels::cuda::{AbsmaxView, CudaQueue, Nf4View, Queue, View, ViewMut};
+use lora_kernels::cuda::{AbsmaxView, CudaQueue, Launch, Nf4View, Queue, View, ViewMut, kernels};
 use lora_kernels::nf4::{self, Codebook};
 
 const NUMEL: usize = 1 << 20;
@@ -72,6 +72,20 @@ fn download(stream: &Arc<CudaStream>, slice: &CudaSlice<f32>) -> Vec<f32> {
 #[ignore = "needs a GPU"]
 fn the_driver_takes_every_module() {
     CudaQueue::open(0).unwrap().warm_up().unwrap();
+}
+
+/// The one that LORA_KERNELS_MODULE names: several processes compile modules side by side, and leave them in the driver's
+/// cache. Nothing without it.
+#[test]
+#[ignore = "needs a GPU"]
+fn the_driver_takes_a_module() {
+    let Ok(module) = std::env::var("LORA_KERNELS_MODULE") else { return };
+    let kernel = kernels().find(|kernel| kernel.module == module).expect("one of the modules");
+    let params = vec![0; kernel.param_bytes];
+    let launch = Launch { kernel, grid: [0; 3], block: [32, 1, 1], shared_bytes: 0, params: &params };
+    // SAFETY: a launch without blocks reads and writes nothing: the driver refuses it, once the module is loaded.
+    let refused = unsafe { CudaQueue::open(0).unwrap().launch(&launch) }.expect_err("a grid of nothing");
+    assert!(refused.to_string().contains("CUDA_ERROR_INVALID_VALUE"), "{refused}");
 }
 
 #[test]

@@ -129,6 +129,8 @@ def sweep(name, measure):
     with torch.inference_mode():
         for shape in SHAPES:
             for m in TOKENS:
+                if os.environ.get("PEER_QUICK") and shape[0] != SHAPES[0][0] and m not in (1, 16):
+                    continue
                 if rows.over():
                     print(f"{name}: no time left before {shape} M={m}", flush=True)
                     rows.write()

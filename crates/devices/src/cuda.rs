@@ -101,7 +101,7 @@ impl Backend for Cuda {
         self.synchronize();
     }
 
-    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64) {
+    unsafe fn probe(&self, entry: &str, blocks: u32, addresses: [u64; 2], pieces: u32) {
         static MODULE: OnceLock<Arc<CudaModule>> = OnceLock::new();
         let stream = self.queue.stream();
         let load = || stream.context().load_module(Ptx::from_src(bandwidth::PTX));
@@ -112,8 +112,11 @@ impl Backend for Cuda {
             block_dim: (bandwidth::THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the kernels of this module take two addresses; the rest is the caller's promise.
-        let launched = unsafe { stream.launch_builder(&function).arg(&from).arg(&to).launch(config) };
+        let [from, to] = addresses;
+        let mut launch = stream.launch_builder(&function);
+        launch.arg(&from).arg(&to).arg(&pieces);
+        // SAFETY: the kernels of this module take these three; the rest is the caller's promise.
+        let launched = unsafe { launch.launch(config) };
         launched.map(drop).unwrap_or_else(failed(entry));
     }
 

@@ -159,11 +159,11 @@ impl Backend for Emulator {
         self.gpu.read(address, bytes).unwrap_or_else(misuse);
     }
 
-    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64) {
+    unsafe fn probe(&self, entry: &str, blocks: u32, addresses: [u64; 2], pieces: u32) {
         let module = Module::parse("bandwidth.ptx", bandwidth::PTX).unwrap_or_else(|e| panic!("{e}"));
         let geometry = ptx_emulator::Launch::linear(blocks, bandwidth::THREADS);
-        let params = [from.to_le_bytes(), to.to_le_bytes()];
-        let ran = self.gpu.launch(&module, entry, &geometry, &params.each_ref().map(|param| &param[..]));
+        let [from, to] = addresses.map(u64::to_le_bytes);
+        let ran = self.gpu.launch(&module, entry, &geometry, &[&from, &to, &pieces.to_le_bytes()]);
         ran.map(drop).unwrap_or_else(|fault| panic!("{entry}: {fault}"));
     }
 

@@ -156,8 +156,8 @@ trait Backend: Send + Sync {
     /// Enqueues a kernel of `bandwidth.ptx`.
     ///
     /// # Safety
-    /// `from` and `to` are as long as `blocks` blocks want.
-    unsafe fn probe(&self, entry: &str, blocks: u32, from: u64, to: u64);
+    /// What is read and written, `addresses`, holds so many pieces.
+    unsafe fn probe(&self, entry: &str, blocks: u32, addresses: [u64; 2], pieces: u32);
     fn synchronize(&self);
     fn begin_capture(&self);
     fn end_capture(self: Arc<Self>) -> Box<dyn Replay>;
