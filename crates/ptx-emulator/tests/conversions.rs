@@ -262,6 +262,10 @@ fn floats_to_integers() {
             let sources: [(&str, u32, &[Vec<u64>]); 4] =
                 [("f16", 16, &halves), ("f32", 32, &singles), ("f64", 64, &doubles), ("bf16", 16, &halves)];
             for (from, width, rows) in sources {
+                // There is no such instruction.
+                if from == "bf16" && bits == 8 {
+                    continue;
+                }
                 // Exhaustive for a few types, thinned for the others.
                 let rows: Vec<Vec<u64>> = if width == 16 && bits != 8 && bits != 32 {
                     rows.iter().step_by(17).cloned().collect()

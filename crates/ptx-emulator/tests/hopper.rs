@@ -5,12 +5,43 @@
 #![allow(clippy::type_complexity)]
 
 mod common;
-use common::random;
+use common::{gpu, random};
 use half::{bf16, f16};
 use ptx_emulator::{Fault, FaultKind, Gpu, Launch, Module, Spec, Swizzle, TensorMap};
 
+const PTX: &str = include_str!("kernels/hopper.ptx");
+
 fn module() -> Module {
-    Module::parse("hopper", include_str!("kernels/hopper.ptx")).unwrap()
+    Module::parse("hopper", PTX).unwrap()
+}
+
+/// The same launch on a GPU, where a report of that is wanted. Buffers: address, what was in it, whether the kernel writes.
+fn second_opinion(
+    gpu: &Gpu,
+    name: &str,
+    entry: &str,
+    launch: &Launch,
+    params: &[&[u8]],
+    buffers: &[(u64, &[u8], bool)],
+    maps: &[TensorMap],
+) {
+    let after: Vec<Vec<u8>> = buffers
+        .iter()
+        .map(|&(address, before, writes)| {
+            let mut out = before.to_vec();
+            if writes {
+                gpu.read_unchecked(address, &mut out).unwrap();
+            }
+            out
+        })
+        .collect();
+    let buffers: Vec<gpu::Buffer> = buffers
+        .iter()
+        .zip(&after)
+        .map(|(&(address, before, _), after)| gpu::Buffer { address, before, after })
+        .collect();
+    let (ptx, launch, compare) = (PTX, *launch, gpu::Compare::Bits(4));
+    gpu::compare(&gpu::Case { name, ptx, entry, launch, params, buffers: &buffers, maps, compare });
 }
 
 fn upload(gpu: &Gpu, label: &str, bytes: &[u8]) -> u64 {
@@ -122,6 +153,10 @@ fn run_tile(
     let counters = gpu
         .launch(&module(), kernel, &launch, &[&params])
         .unwrap_or_else(|fault| panic!("{kernel}: {fault}"));
+    let zeros = vec![0; 4 * sums];
+    let name = format!("{kernel}, layouts {a_layout} and {b_layout}");
+    let buffers = [(pa, a, false), (pb, b, false), (y, &zeros[..], true)];
+    second_opinion(&gpu, &name, kernel, &launch, &[&params], &buffers, &[]);
     assert!(counters.matrix_ops > 0 && counters.async_bytes == (a.len() + b.len()) as u64);
     floats(&gpu, y, sums)
 }
@@ -208,8 +243,11 @@ fn a_product_with_tensor_maps_and_a_producer_warp() {
         let (pa, pb) = (upload(&gpu, "a", &half(&a)), upload(&gpu, "b", &half(&b)));
         let c = gpu.alloc(4 * m * n, "c").unwrap();
         let mut params = Vec::new();
-        params.extend(map(pa, &[k as u64, m as u64], &[64, 64], Swizzle::Bytes128).encode().unwrap());
-        params.extend(map(pb, &[k as u64, n as u64], &[64, 16], Swizzle::Bytes128).encode().unwrap());
+        let maps = [
+            map(pa, &[k as u64, m as u64], &[64, 64], Swizzle::Bytes128),
+            map(pb, &[k as u64, n as u64], &[64, 16], Swizzle::Bytes128),
+        ];
+        maps.iter().for_each(|map| params.extend(map.encode().unwrap()));
         params.extend(c.to_le_bytes());
         params.extend([n as u32, k as u32].iter().flat_map(|v| v.to_le_bytes()));
         params.resize(320, 0);
@@ -221,6 +259,10 @@ fn a_product_with_tensor_maps_and_a_producer_warp() {
         };
         gpu.launch(&module(), "product_pipeline", &launch, &[&params])
             .unwrap_or_else(|fault| panic!("{fault}"));
+        let (a_bytes, b_bytes, zeros) = (half(&a), half(&b), vec![0; 4 * m * n]);
+        let buffers = [(pa, &a_bytes[..], false), (pb, &b_bytes, false), (c, &zeros, true)];
+        let name = format!("product_pipeline {m} x {n} x {k}");
+        second_opinion(&gpu, &name, "product_pipeline", &launch, &[&params], &buffers, &maps);
         let got = floats(&gpu, c, m * n);
         for i in 0..m * n {
             let wanted: f32 = (0..k).map(|l| a[i / n * k + l] * b[i % n * k + l]).sum();
@@ -258,14 +300,19 @@ fn tensor_maps_copy_boxes_both_ways() {
             let size = 2 * box_dims.iter().product::<u32>() as usize;
             let y = gpu.alloc(size, "y").unwrap();
             let mut params = Vec::new();
-            params.extend(TensorMap { address: from, ..shape.clone() }.encode().unwrap());
-            params.extend(TensorMap { address: to, ..shape.clone() }.encode().unwrap());
+            let maps =
+                [TensorMap { address: from, ..shape.clone() }, TensorMap { address: to, ..shape.clone() }];
+            maps.iter().for_each(|map| params.extend(map.encode().unwrap()));
             params.extend(y.to_le_bytes());
             params.extend([size as i32, place[0], place[1], place[2]].iter().flat_map(|v| v.to_le_bytes()));
             params.resize(320, 0);
             let launch = Launch { dynamic_shared: size as u32, ..Launch::linear(1, 64) };
-            gpu.launch(&module(), &format!("box{}", dims.len()), &launch, &[&params])
-                .unwrap_or_else(|fault| panic!("{fault}"));
+            let entry = format!("box{}", dims.len());
+            gpu.launch(&module(), &entry, &launch, &[&params]).unwrap_or_else(|fault| panic!("{fault}"));
+            let (zeros, old) = (vec![0; size], vec![0xee; data.len()]);
+            let buffers = [(from, &data[..], false), (to, &old, true), (y, &zeros, true)];
+            let name = format!("{entry}: {dims:?} {box_dims:?} {swizzle:?} at {place:?}");
+            second_opinion(&gpu, &name, &entry, &launch, &[&params], &buffers, &maps);
             let (mut got, mut stored) = (vec![0; size], vec![0; data.len()]);
             gpu.read(y, &mut got).unwrap();
             gpu.read(to, &mut stored).unwrap();
@@ -320,6 +367,10 @@ fn blocks_of_a_cluster_reach_each_other() {
     let (px, y) = (upload(&gpu, "x", &bytes(&x)), gpu.alloc(4 * 5 * 8 * 64, "y").unwrap());
     gpu.launch(&module(), "cluster_sums", &Launch::linear(8, 64), &[&px.to_le_bytes(), &y.to_le_bytes()])
         .unwrap_or_else(|fault| panic!("{fault}"));
+    let (data, zeros) = (bytes(&x), vec![0; 4 * 5 * 8 * 64]);
+    let buffers = [(px, &data[..], false), (y, &zeros[..], true)];
+    let params: [&[u8]; 2] = [&px.to_le_bytes(), &y.to_le_bytes()];
+    second_opinion(&gpu, "cluster_sums", "cluster_sums", &Launch::linear(8, 64), &params, &buffers, &[]);
     for (i, got) in floats(&gpu, y, 5 * 8 * 64).chunks_exact(5).enumerate() {
         let first = i / 256 * 256 + i % 64;
         let sum: f32 = (0..4).map(|r| x[first + 64 * r]).sum();
@@ -339,6 +390,10 @@ fn multicasts_arrive_in_every_block() {
     let counters = gpu
         .launch(&module(), "multicast", &Launch::linear(4, 32), &[&px.to_le_bytes(), &y.to_le_bytes()])
         .unwrap_or_else(|fault| panic!("{fault}"));
+    let (data, zeros) = (bytes(&x), vec![0; 4 * 4 * 32]);
+    let buffers = [(px, &data[..], false), (y, &zeros[..], true)];
+    let params: [&[u8]; 2] = [&px.to_le_bytes(), &y.to_le_bytes()];
+    second_opinion(&gpu, "multicast", "multicast", &Launch::linear(4, 32), &params, &buffers, &[]);
     let got = floats(&gpu, y, 4 * 32);
     assert!((0..128).all(|i| got[i] == x[i / 64 * 64 + i % 32]));
     assert_eq!(counters.global_loads.bytes, 2 * 128);
@@ -351,6 +406,10 @@ fn copies_arrive_at_barriers() {
     let (px, y) = (upload(&gpu, "x", &bytes(&x)), gpu.alloc(4 * 3 * 64, "y").unwrap());
     gpu.launch(&module(), "arrivals", &Launch::linear(3, 64), &[&px.to_le_bytes(), &y.to_le_bytes()])
         .unwrap_or_else(|fault| panic!("{fault}"));
+    let (data, zeros) = (bytes(&x), vec![0; 4 * 3 * 64]);
+    let buffers = [(px, &data[..], false), (y, &zeros[..], true)];
+    let params: [&[u8]; 2] = [&px.to_le_bytes(), &y.to_le_bytes()];
+    second_opinion(&gpu, "arrivals", "arrivals", &Launch::linear(3, 64), &params, &buffers, &[]);
     let got = floats(&gpu, y, 3 * 64);
     assert!((0..192).all(|i| got[i] == 2.0 * x[i / 64 * 64 + 63 - i % 64]));
 }

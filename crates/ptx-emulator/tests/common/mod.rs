@@ -1,6 +1,8 @@
 //! Runs one instruction on many values.
 #![allow(dead_code)]
 
+pub mod gpu;
+
 use ptx_emulator::{Gpu, Launch, Module, Spec};
 
 /// Kernel around a few lines of PTX: sources come in `%a0..`, `%b0..` (32 and 64 bits) and `%h0..` (16 bits) registers
@@ -40,6 +42,20 @@ pub fn run(target: &str, body: &str, widths: &[u32], result: u32, rows: &[Vec<u6
         .unwrap_or_else(|fault| panic!("{body}: {fault}"));
     let mut out = vec![0; 8 * padded.len()];
     gpu.read_unchecked(y, &mut out).unwrap();
+    let zeros = vec![0; out.len()];
+    gpu::compare(&gpu::Case {
+        name: body,
+        ptx: &text,
+        entry: "k",
+        launch,
+        params: &[&x.to_le_bytes(), &y.to_le_bytes()],
+        buffers: &[
+            gpu::Buffer { address: x, before: &data, after: &data },
+            gpu::Buffer { address: y, before: &zeros, after: &out },
+        ],
+        maps: &[],
+        compare: gpu::tolerance(body, result),
+    });
     out.chunks_exact(8).take(rows.len()).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
