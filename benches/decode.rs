@@ -55,7 +55,7 @@ const ALONE: (&str, &str, usize, usize) = ("Llama-3-8B", "k", 1024, 4096);
 
 const TOY: [Model; 1] = [Model {
     name: "toy",
-    products: [("qkv", 192, 128), ("o", 128, 128), ("gate+up", 256, 128), ("down", 128, 192)],
+    products: [("qkv", 96, 64), ("o", 64, 64), ("gate+up", 128, 64), ("down", 64, 128)],
 }];
 
 #[derive(Clone, Copy, PartialEq)]
@@ -188,7 +188,7 @@ impl Config {
                 device: Device::best(),
                 models: &TOY,
                 alone: None,
-                tokens: vec![1, 3, 20],
+                tokens: vec![1, 9],
                 weights: 1 << 17,
                 adapters: 1 << 18,
                 rotate: 0,
