@@ -95,9 +95,14 @@ fn some_kernel() -> Kernel {
 }
 
 fn launch(queue: &CudaQueue, param_bytes: usize) -> Result<()> {
+    launch_with(queue, param_bytes, false)
+}
+
+fn launch_with(queue: &CudaQueue, param_bytes: usize, overlap: bool) -> Result<()> {
     let params: Vec<u8> = (0..param_bytes).map(|i| i as u8).collect();
     let kernel = some_kernel();
-    let launch = Launch { kernel, grid: [5, 6, 7], block: [32, 2, 1], shared_bytes: 4096, params: &params };
+    let (grid, block) = ([5, 6, 7], [32, 2, 1]);
+    let launch = Launch { kernel, grid, block, shared_bytes: 4096, params: &params, overlap };
     // SAFETY: the fake runs nothing.
     unsafe { queue.launch(&launch) }
 }
@@ -119,6 +124,22 @@ fn a_launch_is_one_call_and_nothing_else() {
         let stream = queue.stream().cu_stream();
         let expected = format!(
             "cuLaunchKernel nf4_dequantize_f32 (5 6 7) (32 2 1) 4096 on {stream:?} with 706050403020100"
+        );
+        assert_eq!(fake.calls(), [expected]);
+    });
+}
+
+#[test]
+fn a_launch_that_overlaps_says_so_in_the_same_one_call() {
+    on_a_fake_driver(|fake| {
+        let queue = CudaQueue::open(0).expect("a device");
+        queue.warm_up().expect("modules");
+        fake.calls();
+        launch_with(&queue, some_kernel().param_bytes, true).expect("a launch");
+        let stream = queue.stream().cu_stream();
+        // 6: programmatic stream serialization.
+        let expected = format!(
+            "cuLaunchKernelEx nf4_dequantize_f32 (5 6 7) (32 2 1) 4096 on {stream:?} with 706050403020100, attribute 6 is 1 of 1"
         );
         assert_eq!(fake.calls(), [expected]);
     });

@@ -207,6 +207,7 @@ impl Plan {
                 block: [THREADS, 1, 1],
                 shared_bytes: 0,
                 params: bytemuck::bytes_of(&params),
+                overlap: false,
             };
             // SAFETY: the views cover what the kernels read and write, as checked above and by the callers, and those that
             // are written are borrowed alone. The second launch reads what the first has written: a queue keeps their order.

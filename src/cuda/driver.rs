@@ -142,7 +142,7 @@ unsafe impl Queue for CudaQueue {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params } = *launch;
+        let Launch { kernel, grid, block, shared_bytes, params, overlap } = *launch;
         if params.len() != kernel.param_bytes {
             return Err(Error::argument(
                 kernel.entry,
@@ -153,6 +153,25 @@ unsafe impl Queue for CudaQueue {
         self.bind()?;
         let function = self.library.function(kernel, &self.stream)?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        if overlap && self.library.properties.capability >= OVERLAPPING {
+            let mut attribute = overlapping();
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid[0],
+                gridDimY: grid[1],
+                gridDimZ: grid[2],
+                blockDimX: block[0],
+                blockDimY: block[1],
+                blockDimZ: block[2],
+                sharedMemBytes: shared_bytes,
+                hStream: self.stream.cu_stream(),
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            // SAFETY: as below; the driver reads the configuration during the call.
+            let result =
+                unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()) };
+            return check(result, kernel.entry);
+        }
         // SAFETY: the function is the kernel's, of the current context; it has one parameter of `param_bytes` bytes
         // (`tests/kernels.rs`), which the driver copies during the call. The rest is the caller's promise.
         let result = unsafe {
@@ -237,6 +256,21 @@ unsafe impl Queue for CudaQueue {
         };
         check(result, "cuTensorMapEncodeTiled")?;
         Ok(EncodedMap(encoded.opaque))
+    }
+}
+
+/// The first compute capability whose launches may overlap.
+const OVERLAPPING: (u32, u32) = (9, 0);
+
+/// What lets a launch start while the one before it in its stream still runs.
+fn overlapping() -> sys::CUlaunchAttribute {
+    // SAFETY: zeros are a value of all variants of the union, which are numbers, pointers and arrays of them.
+    let mut value: sys::CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
+    value.programmaticStreamSerializationAllowed = 1;
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value,
     }
 }
 

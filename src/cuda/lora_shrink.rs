@@ -169,6 +169,7 @@ impl Plan {
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
+            overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes: x, v, the index and the table were checked above, the
         // factors when the table was made; they are borrowed, so they live until the caller lets go of them.

@@ -428,6 +428,7 @@ impl Plan {
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
             params: bytemuck::bytes_of(&params),
+            overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when
         // their table was made; they are borrowed, so they live until the caller lets go of them.
@@ -439,6 +440,7 @@ impl Plan {
             block: [FINISH_THREADS as u32, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
+            overlap: false,
         };
         // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
         unsafe { queue.launch(&finish) }

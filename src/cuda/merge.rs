@@ -172,6 +172,7 @@ impl Plan {
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
+            overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes, as checked above; what it writes is borrowed alone, and
         // where that is the weight itself, a thread reads its elements before it writes them, and no one else's.

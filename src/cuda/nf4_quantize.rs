@@ -112,6 +112,7 @@ impl Plan {
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
+            overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes, as checked above, and those of `out` are borrowed alone.
         unsafe { queue.launch(&launch) }

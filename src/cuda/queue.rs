@@ -36,6 +36,9 @@ pub struct Launch<'a> {
     pub shared_bytes: u32,
     /// The bytes of the parameter struct.
     pub params: &'a [u8],
+    /// The kernel may start while the launch before it still runs (programmatic dependent launch, where the device has it): it
+    /// waits by itself before it touches what that one writes.
+    pub overlap: bool,
 }
 
 /// What plans need to know of a device.

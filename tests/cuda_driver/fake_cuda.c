@@ -141,3 +141,19 @@ Result cuLaunchKernel(const char *function, unsigned gx, unsigned gy, unsigned g
     if (!current) return INVALID_CONTEXT;
     return gx && gy && gz ? SUCCESS : INVALID_VALUE;
 }
+
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    struct {
+        int id, pad, value[16];
+    } *attributes;
+    unsigned count;
+} Config;
+
+Result cuLaunchKernelEx(const Config *c, const char *function, void **params, void **extra) {
+    note("cuLaunchKernelEx %s (%u %u %u) (%u %u %u) %u on %p with %llx, attribute %d is %d of %u", function, c->grid[0], c->grid[1],
+         c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, *(unsigned long long *)params[0],
+         c->attributes[0].id, c->attributes[0].value[0], c->count);
+    return current ? SUCCESS : INVALID_CONTEXT;
+}

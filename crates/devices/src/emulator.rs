@@ -31,6 +31,7 @@ struct Recorded {
     block: [u32; 3],
     shared_bytes: u32,
     params: Vec<u8>,
+    overlap: bool,
 }
 
 struct List {
@@ -77,7 +78,8 @@ impl Emulator {
             block: launch.block,
             cluster: [1; 3],
             dynamic_shared: launch.shared_bytes,
-            overlap: false,
+            // As on a GPU: older ones run launches one after the other.
+            overlap: launch.overlap && self.properties.capability >= (9, 0),
         };
         let ran = self.gpu.launch(&load(image)?, kernel.entry, &geometry, &[launch.params]);
         let counters = ran.map_err(|fault| device_error(kernel.entry, fault))?;
@@ -93,8 +95,8 @@ unsafe impl Queue for Emulator {
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         if let Some(captured) = &mut *self.captured() {
-            let Launch { kernel, grid, block, shared_bytes, params } = *launch;
-            captured.push(Recorded { kernel, grid, block, shared_bytes, params: params.to_vec() });
+            let Launch { kernel, grid, block, shared_bytes, params, overlap } = *launch;
+            captured.push(Recorded { kernel, grid, block, shared_bytes, params: params.to_vec(), overlap });
             return Ok(());
         }
         let ran = self.run(launch);
@@ -192,9 +194,15 @@ impl Backend for Emulator {
 
 impl Replay for List {
     unsafe fn launch(&self) {
-        for Recorded { kernel, grid, block, shared_bytes, params } in &self.launches {
-            let launch =
-                Launch { kernel: *kernel, grid: *grid, block: *block, shared_bytes: *shared_bytes, params };
+        for Recorded { kernel, grid, block, shared_bytes, params, overlap } in &self.launches {
+            let launch = Launch {
+                kernel: *kernel,
+                grid: *grid,
+                block: *block,
+                shared_bytes: *shared_bytes,
+                params,
+                overlap: *overlap,
+            };
             // SAFETY: the caller's promise.
             unsafe { self.emulator.launch(&launch) }.unwrap_or_else(|e| panic!("{e}"));
         }
