@@ -203,6 +203,29 @@ fn an_output_that_is_a_little_off_fails() {
 }
 
 #[test]
+fn logits_of_another_model_fail() {
+    let parts = ["peft/llama/base", "peft/llama/lora_r8a16"];
+    let io = "peft/llama/lora_r8a16/io.safetensors";
+    let reason = "peft/llama/lora_r8a16 whole model\n    logits_";
+    for name in ["logits_base", "logits_adapted", "logits_merged"] {
+        let set = Set::of(name, &parts);
+        set.edit_tensor(io, name, |b| multiply(&mut b[..4], 1.01));
+        assert_fails(&set, reason);
+    }
+    // What only the whole model has: a norm, the order of layers, positions.
+    let set = Set::of("norm", &parts);
+    set.edit_tensor("peft/llama/base/model.safetensors", "model.norm.weight", |b| {
+        multiply(&mut b[..4], 1.01)
+    });
+    assert_fails(&set, reason);
+    let set = Set::of("theta", &parts);
+    set.edit_json("peft/llama/base/config.json", |config| {
+        config["rope_parameters"]["rope_theta"] = json!(9000.0)
+    });
+    assert_fails(&set, reason);
+}
+
+#[test]
 fn missing_tensors_fail() {
     for (family, file, tensor) in [
         ("nf4_blockwise", "nf4_blockwise/plain", "plain_f32_bs64.dequant\""),

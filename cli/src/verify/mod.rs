@@ -10,6 +10,7 @@ mod cpu;
 mod device;
 mod engine;
 mod layer;
+mod model;
 mod multi_adapter;
 mod multi_merge;
 mod nf4_blockwise;

@@ -10,6 +10,7 @@ use lora_kernels::{DType, Tensor};
 use super::bounds::Factors;
 use super::engine::{Direction, Engine};
 use super::layer::{Frozen, Layer, cast, from_f64, transposed};
+use super::model::{How, Model};
 use super::report::Case;
 use super::truth::{self, Merged, transpose};
 use super::{Family, bounds, multi_merge, outputs};
@@ -28,15 +29,16 @@ pub fn check(family: &mut Family) {
         let base = TensorFile::open(&family.at(&format!("{model}/base/model.safetensors")));
         let Some(base) = family.need(&family.label(&format!("{model}/base")), base) else { continue };
         for adapter in family.folders(&model).into_iter().filter(|name| name != "base") {
-            check_adapter(family, &format!("{model}/{adapter}"), &base);
+            check_adapter(family, &model, &adapter, &base);
         }
     }
 }
 
 /// One adapter's folder.
-fn check_adapter(family: &mut Family, folder: &str, base: &TensorFile) {
-    let label = family.label(folder);
-    let file = peft::load(family.at(folder)).map_err(anyhow::Error::from);
+fn check_adapter(family: &mut Family, model: &str, adapter: &str, base: &TensorFile) {
+    let folder = format!("{model}/{adapter}");
+    let label = family.label(&folder);
+    let file = peft::load(family.at(&folder)).map_err(anyhow::Error::from);
     let (Some(file), Some(pair)) = (family.need(&label, file), family.pair(&format!("{folder}/io"))) else {
         return;
     };
@@ -50,6 +52,33 @@ fn check_adapter(family: &mut Family, folder: &str, base: &TensorFile) {
             }
         });
     }
+    if pair.tensors.has("input_ids") {
+        let config = Sidecar::open(&family.at(&format!("{model}/base/config.json")));
+        let Some(config) = family.need(&label, config) else { return };
+        let model = Model { config: &config, base, adapter: &file };
+        if let Err(reason) = model.check_architecture() {
+            return family.report.skip(format!("{label}: whole model"), reason.to_string());
+        }
+        family.case(&label, "whole model", |case, engine| check_model(case, engine, &model, &pair.tensors));
+    }
+}
+
+/// The logits of the whole model.
+fn check_model(case: &mut Case, engine: &dyn Engine, model: &Model, stored: &TensorFile) -> Result<()> {
+    let tokens = stored.get("input_ids")?.integers()?;
+    let kinds = [
+        ("logits_base", How::Disabled),
+        ("logits_adapted", How::Beside),
+        ("logits_live", How::Beside),
+        ("logits_reloaded", How::Beside),
+        ("logits_merged", How::Merged),
+    ];
+    for (name, how) in kinds {
+        if let Some(logits) = stored.find(name)? {
+            model.check(case, engine, &tokens, how, name, &logits.f64s()?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The adapted modules are those that the sidecar lists, with their ranks, and each of them fits the base model.
@@ -73,7 +102,7 @@ fn check_modules(case: &mut Case, file: &AdapterFile, sidecar: &Sidecar, base: &
 }
 
 /// A tensor of the base model. A model saved without its head has names without the first part.
-fn base_tensor(base: &TensorFile, module: &str, what: &str) -> Result<Option<Stored>> {
+pub fn base_tensor(base: &TensorFile, module: &str, what: &str) -> Result<Option<Stored>> {
     let inner = module.split_once('.').map_or(module, |(_, inner)| inner);
     match base.find(&format!("{module}.{what}"))? {
         None => base.find(&format!("{inner}.{what}")),
