@@ -82,7 +82,8 @@ fn the_driver_takes_a_module() {
     let Ok(module) = std::env::var("LORA_KERNELS_MODULE") else { return };
     let kernel = kernels().find(|kernel| kernel.module == module).expect("one of the modules");
     let params = vec![0; kernel.param_bytes];
-    let launch = Launch { kernel, grid: [0; 3], block: [32, 1, 1], shared_bytes: 0, params: &params };
+    let launch =
+        Launch { kernel, grid: [0; 3], block: [32, 1, 1], shared_bytes: 0, params: &params, overlap: false };
     // SAFETY: a launch without blocks reads and writes nothing: the driver refuses it, once the module is loaded.
     let refused = unsafe { CudaQueue::open(0).unwrap().launch(&launch) }.expect_err("a grid of nothing");
     assert!(refused.to_string().contains("CUDA_ERROR_INVALID_VALUE"), "{refused}");
