@@ -1,20 +1,25 @@
 //! `y = row_scale ⊙ (x Wᵀ + v Bᵀ) + bias`: the product of a linear layer, with W dense or in 4 bits, the low-rank branch of
 //! every token's adapter, DoRA's scale and the bias in one go.
 //!
-//! [`plan`] chooses among three kernels and says what it chose:
+//! [`plan`] chooses among four kernels and says what it chose:
 //!
 //! | kernel | for | how |
 //! |---|---|---|
 //! | `skinny` | 4-bit W, 16-bit x, up to 16 tokens, k a multiple of 64, blocks of 64 or more | tensor cores; codes are looked up in pairs, absmax scales the sums |
 //! | `matvec` | up to 8 tokens of all else; f32 x with any number of tokens | f32 products |
+//! | `prefill` | on Hopper, 16-bit x from 17 tokens on, rows of whole 16 bytes | products of warpgroups; codes are decoded to the registers that these read |
 //! | `matmul` | the rest: 16-bit x from 9 tokens on | tensor cores, tiles of 128 outputs |
+//!
+//! `prefill` has run in the emulator only. Its design, without what followed (`benches/results`, *prefill*), was timed on an
+//! H200 as prototypes: 0.8 to 1.05 times the speed of cuBLAS with a 16-bit weight from 256 tokens on, and faster than dequantising
+//! and cuBLAS at every shape. The tile and the number of splits follow from those times.
 //!
 //! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
 //! depend on the other tokens. Where a grid would not fill the device, blocks share a sum (`Plan::splits()`); they leave
 //! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
 //! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
-//! `v Bᵀ` has f32 products in `skinny` and `matvec`. In `matmul`, v and B are taken as sums of two bf16 (an f16 or bf16 B
+//! `v Bᵀ` has f32 products in `skinny` and `matvec`. In `matmul` and `prefill`, v and B are taken as sums of two bf16 (an f16 or bf16 B
 //! is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth of the rounding of an f16 y, a 64th of a bf16 one.
 
 use bytemuck::{Pod, Zeroable};
@@ -22,7 +27,10 @@ use bytemuck::{Pod, Zeroable};
 use super::adapter_table::LowRankParams;
 use super::check::{blocks, dimension, find, read_only};
 use super::nf4::{Absmax, Values};
-use super::{Kernel, Launch, LowRank, Nf4View, Properties, Queue, View, ViewMut};
+use super::{
+    EncodedMap, Kernel, Launch, LowRank, Nf4View, Properties, Queue, Swizzle, Target, TensorMap, View,
+    ViewMut,
+};
 use crate::nf4::check_blocksize;
 use crate::{DType, Element, Error, Result};
 
@@ -81,6 +89,18 @@ pub(super) const KERNELS: &[Kernel] = &[
     skinny("skinny_nf4_f16_t16"),
     skinny("skinny_nf4_bf16_t8"),
     skinny("skinny_nf4_bf16_t16"),
+    prefill("prefill_nf4_f16_t64"),
+    prefill("prefill_nf4_f16_t128"),
+    prefill("prefill_nf4_f16_t256"),
+    prefill("prefill_nf4_bf16_t64"),
+    prefill("prefill_nf4_bf16_t128"),
+    prefill("prefill_nf4_bf16_t256"),
+    prefill("prefill_dense_f16_t64"),
+    prefill("prefill_dense_f16_t128"),
+    prefill("prefill_dense_f16_t256"),
+    prefill("prefill_dense_bf16_t64"),
+    prefill("prefill_dense_bf16_t128"),
+    prefill("prefill_dense_bf16_t256"),
     matmul("matmul_finish_f32"),
     matmul("matmul_finish_f16"),
     matmul("matmul_finish_bf16"),
@@ -92,6 +112,10 @@ const fn matvec(entry: &'static str) -> Kernel {
 
 const fn matmul(entry: &'static str) -> Kernel {
     Kernel::new::<Params>("matmul", entry)
+}
+
+const fn prefill(entry: &'static str) -> Kernel {
+    Kernel::new::<PrefillParams>("prefill", entry)
 }
 
 const fn skinny(entry: &'static str) -> Kernel {
@@ -154,6 +178,9 @@ pub enum Rounding {
     Exact,
     /// Codes: `value * absmax` in f32, rounded to x's type: what [`nf4_dequantize`](super::nf4_dequantize) gives.
     ToInput,
+    /// Codes: `value` rounded to f16, `* absmax` in f32, rounded to x's type. Off by at most 2⁻¹² of the weight (and, of a value
+    /// below 2⁻¹⁴ of the codebook's largest, 2⁻²⁵ of that) before the last rounding.
+    Half,
     /// Codes: `value` rounded to x's type; the sum of each 64 products is then multiplied by absmax in f32.
     Value,
 }
@@ -255,6 +282,16 @@ struct Output {
 
 const _: () = assert!(size_of::<Params>() == 224);
 
+/// `PrefillParams` of `prefill.cu`.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct PrefillParams {
+    x: EncodedMap,
+    w: EncodedMap,
+    product: Params,
+    padding: [u64; 4],
+}
+
 /// Chooses the kernel, its tile, the grid and the number of splits.
 ///
 /// # Errors
@@ -278,13 +315,16 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         Choice::skinny(shape)
     } else if tokens <= 8 {
         Choice::matvec(shape, vectors)
+    } else if tokens > 16 && vectors && Target::for_capability(device.capability)? == Target::Compute90a {
+        Choice::prefill(shape, device)
     } else {
         Choice::matmul(shape, vectors, device)
     };
-    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding } = choice;
+    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding, persistent_splits } = choice;
 
     let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
-    let splits = splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm);
+    let splits = persistent_splits
+        .unwrap_or_else(|| splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm));
     let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
     let ragged = if vectors { "" } else { "_ragged" };
     let entry = format!("{name}_{kind}_{dtype}_t{}{ragged}", tile.tokens);
@@ -293,7 +333,11 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         finish: (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
         tile,
-        grid: [blocks("tokens * n", tiles)?, splits as u32, 1],
+        grid: if persistent_splits.is_some() {
+            [blocks("tokens * n", tiles * splits as u64)?.min(device.sm_count), 1, 1]
+        } else {
+            [blocks("tokens * n", tiles)?, splits as u32, 1]
+        },
         threads,
         shared_bytes,
         splits,
@@ -312,6 +356,8 @@ struct Choice {
     /// Blocks that a multiprocessor should have to keep its memory busy.
     blocks_per_sm: u64,
     rounding: Rounding,
+    /// Blocks go from tile to tile, no more of them than the device runs at once, and share a sum among so many.
+    persistent_splits: Option<usize>,
 }
 
 impl Choice {
@@ -325,6 +371,7 @@ impl Choice {
             shared_bytes: 80 << 10,
             blocks_per_sm: 1,
             rounding: Rounding::Value,
+            persistent_splits: None,
         }
     }
 
@@ -341,6 +388,7 @@ impl Choice {
             shared_bytes: 0,
             blocks_per_sm: 1,
             rounding: Rounding::Exact,
+            persistent_splits: None,
         }
     }
 
@@ -370,9 +418,78 @@ impl Choice {
             shared_bytes: pipeline.max(staging) as u32,
             blocks_per_sm: if tokens <= 32 { 2 } else { 1 },
             rounding: if shape.weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
+            persistent_splits: None,
+        }
+    }
+
+    fn prefill(shape: &Shape, device: &Properties) -> Self {
+        const ROWS: usize = 128;
+        let codes = shape.weight != WeightFormat::Dense;
+        let (slices, blocks) = (shape.k.div_ceil(MATMUL_STEP), device.sm_count as usize);
+        let costs = if codes { &PREFILL_NF4 } else { &PREFILL_DENSE };
+        let choices = costs.iter().flat_map(|cost| {
+            let tiles = shape.tokens.div_ceil(cost.tokens) * shape.n.div_ceil(ROWS);
+            let most = blocks.checked_div(tiles).unwrap_or(1).min(slices / LEAST_SLICES).max(1);
+            (1..=most).map(move |splits| {
+                let rounds = (tiles * splits).div_ceil(blocks) * slices.div_ceil(splits);
+                let outputs = if splits > 1 { splits * shape.tokens * shape.n } else { 0 };
+                let finish = if splits > 1 { FINISH_START } else { 0 } + outputs as u64 / FINISH_OUTPUTS;
+                (cost.start + rounds as u64 * cost.slice + finish, splits, cost)
+            })
+        });
+        let (_, splits, cost) = choices.min_by_key(|&(time, splits, _)| (time, splits)).expect("three tiles");
+        // What a stage and the rest hold is spelled out in `Layout` of prefill.cu.
+        let tokens = cost.tokens;
+        let stage =
+            tokens * MATMUL_STEP * 2 + ROWS * if codes { MATMUL_STEP / 2 + 8 } else { MATMUL_STEP * 2 };
+        let table = if codes { 64 << 10 } else { 0 };
+        Self {
+            name: "prefill",
+            tile: Tile { tokens, rows: ROWS, step: MATMUL_STEP },
+            threads: 384,
+            shared_bytes: (cost.stages * (stage + 16) + table + 8 * 1024 + tokens * 4) as u32,
+            blocks_per_sm: 1,
+            rounding: if codes { Rounding::Half } else { Rounding::Exact },
+            persistent_splits: Some(splits),
         }
     }
 }
+
+/// What a tile of `prefill` takes on an H200, in nanoseconds.
+struct PrefillCost {
+    /// Tokens of a tile.
+    tokens: usize,
+    /// Slices of k in shared memory at a time.
+    stages: usize,
+    /// A launch with one tile for every block, but for its slices.
+    start: u64,
+    /// 64 elements of k.
+    slice: u64,
+}
+
+/// Lines through the times of `hmul_t64`, `hmul_t128`, `hmul_t256_j4` at 256 tokens and 4096 rows, k = 4096 and 14336, in
+/// `benches/results/2026-11-27-nvidia-h200-prefill.json`. The prototypes that were measured decode with one instruction
+/// less for each pair.
+const PREFILL_NF4: [PrefillCost; 3] = [
+    PrefillCost { tokens: 64, stages: 8, start: 4600, slice: 289 },
+    PrefillCost { tokens: 128, stages: 6, start: 5300, slice: 372 },
+    PrefillCost { tokens: 256, stages: 4, start: 6800, slice: 571 },
+];
+
+/// The same through `dense_t64`, `dense_t128`, `dense_t256`.
+const PREFILL_DENSE: [PrefillCost; 3] = [
+    PrefillCost { tokens: 64, stages: 8, start: 1800, slice: 258 },
+    PrefillCost { tokens: 128, stages: 6, start: 4500, slice: 291 },
+    PrefillCost { tokens: 256, stages: 4, start: 5500, slice: 574 },
+];
+
+/// What splits cost besides, in nanoseconds: measured were sums shared by two blocks of a cluster, 2 to 3 microseconds. Here
+/// a second kernel adds them; that it takes as long, and moves 500 sums in a nanosecond, is assumed.
+const FINISH_START: u64 = 2500;
+const FINISH_OUTPUTS: u64 = 500;
+
+/// Slices that a split has at least.
+const LEAST_SLICES: usize = 4;
 
 /// Blocks that share a sum of `steps` steps, so that `tiles` tiles make about `blocks` blocks.
 fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
@@ -422,12 +539,18 @@ impl Plan {
             splits: self.splits as u32,
         };
         let Some(kernel) = self.kernel else { return Ok(()) };
+        let prefill;
         let launch = Launch {
             kernel,
             grid: self.grid,
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
-            params: bytemuck::bytes_of(&params),
+            params: if kernel.module == "prefill" {
+                prefill = self.prefill_params(queue, params)?;
+                bytemuck::bytes_of(&prefill)
+            } else {
+                bytemuck::bytes_of(&params)
+            },
             overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when
@@ -444,6 +567,30 @@ impl Plan {
         };
         // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
         unsafe { queue.launch(&finish) }
+    }
+
+    /// What `prefill` takes: the product, and how x and W are copied.
+    fn prefill_params(&self, queue: &dyn Queue, product: Params) -> Result<PrefillParams> {
+        let Shape { tokens, n, k, weight, .. } = self.shape;
+        let matrix = |address, [rows, columns]: [usize; 2], element_bytes, box_dims: [u32; 2], swizzle| {
+            queue.encode(&TensorMap {
+                address,
+                element_bytes,
+                dims: &[columns as u64, rows as u64],
+                strides: &[(columns * element_bytes) as u64],
+                box_dims: &box_dims,
+                swizzle,
+            })
+        };
+        let (of_tokens, of_rows, step) =
+            (self.tile.tokens as u32, self.tile.rows as u32, self.tile.step as u32);
+        let x = matrix(product.x, [tokens, k], 2, [step, of_tokens], Swizzle::Bytes128)?;
+        let data = product.weight.data;
+        let w = match weight {
+            WeightFormat::Dense => matrix(data, [n, k], 2, [step, of_rows], Swizzle::Bytes128)?,
+            WeightFormat::Nf4 { .. } => matrix(data, [n, k / 2], 1, [step / 2, of_rows], Swizzle::Bytes32)?,
+        };
+        Ok(PrefillParams { x, w, product, padding: [0; 4] })
     }
 
     /// Checks W and says where it is.

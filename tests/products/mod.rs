@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "no test needs all of it")]
 #![allow(clippy::large_enum_variant, reason = "there are a few of them at a time")]
 
+use half::f16;
 use lora_kernels::cuda::{
     AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, lora_expand, lora_shrink, matmul,
 };
@@ -145,18 +146,31 @@ impl<T: Element, A: Element> Problem<T, A> {
         self
     }
 
-    /// The weight as f32: its exact value, or rounded to x's type first.
-    pub fn weight_values(&self, rounded: bool) -> Vec<f32> {
-        match &self.weight {
-            Weight::Dense(values) => widen(values),
-            Weight::Nf4(nf4) if rounded => widen(&nf4.dequantize::<T>()),
-            Weight::Nf4(nf4) => nf4.dequantize(),
+    /// The weight as f32, as a plan rounds it; for [`Rounding::Value`](matmul::Rounding::Value) its exact value.
+    pub fn weight_values(&self, rounding: matmul::Rounding) -> Vec<f32> {
+        match (&self.weight, rounding) {
+            (Weight::Dense(values), _) => widen(values),
+            (Weight::Nf4(nf4), matmul::Rounding::ToInput) => widen(&nf4.dequantize::<T>()),
+            (Weight::Nf4(nf4), matmul::Rounding::Half) => {
+                // f16 holds the values in units of a power of two.
+                let values = nf4.codebook().values();
+                let largest = values.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
+                let unit = f32::from_bits(largest.to_bits() & 0x7f80_0000);
+                let halves = values.map(|v| f16::from_f32(v / unit).to_f32());
+                let weight = (0..self.n * self.k).map(|i| {
+                    let code = nf4.packed()[i / 2] >> (4 * (1 - i % 2)) & 15;
+                    let absmax = nf4.absmax().get(i / nf4.blocksize()) * unit;
+                    T::from_f32(halves[usize::from(code)] * absmax).to_f32()
+                });
+                weight.collect()
+            }
+            (Weight::Nf4(nf4), _) => nf4.dequantize(),
         }
     }
 
     /// The product in f64, over the weight as the plan rounds it.
     pub fn truth(&self, rounding: matmul::Rounding) -> Vec<cpu::Truth> {
-        let weight = self.weight_values(rounding == matmul::Rounding::ToInput);
+        let weight = self.weight_values(rounding);
         let bias = self.bias.as_ref().map(|bias| widen(bias));
         let adapters: Vec<_> = self.adapters.iter().flatten().map(Adapter::as_cpu).collect();
         let extras = cpu::MatmulExtras {
@@ -190,7 +204,9 @@ impl<T: Element, A: Element> Problem<T, A> {
         if plan.rounding == matmul::Rounding::Value {
             share += u_t;
         }
-        if plan.kernel.is_some_and(|kernel| kernel.module == "matmul") && self.adapters.is_some() {
+        if plan.kernel.is_some_and(|kernel| ["matmul", "prefill"].contains(&kernel.module))
+            && self.adapters.is_some()
+        {
             share += 4.0 * (-16f64).exp2();
         }
         let sum = share * truth.magnitude;
