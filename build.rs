@@ -1,4 +1,4 @@
-//! Turns `kernels/*.cu` into PTX, once per target, and embeds it. Nothing else.
+//! Turns `kernels/*.cu` into PTX, once per target, and embeds it, compressed. Nothing else.
 //!
 //! * `kernels/prebuilt` is used when its MANIFEST carries the hash of the sources and flags at hand.
 //! * Otherwise nvcc is looked for: `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, `target/cuda-toolchain`.
@@ -7,6 +7,9 @@
 //! * Otherwise no kernel is embedded: the CPU path works, and CUDA calls say why they do not.
 //!
 //! `LORA_KERNELS_PTX=compile` passes over the prebuilt files.
+//!
+//! A file of compressed PTX (`.ptx.z`, in `OUT_DIR/ptx` and in `kernels/prebuilt`) begins with the two lines that name version
+//! and target. What follows is the rest of the text, compressed by zlib; nothing, where it is that of the first target.
 
 use std::env;
 use std::ffi::OsStr;
@@ -17,6 +20,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::thread;
 
+use miniz_oxide::deflate::compress_to_vec_zlib;
 use sha2::{Digest, Sha256};
 
 type Result<T> = std::result::Result<T, String>;
@@ -80,7 +84,7 @@ fn build() -> Result<()> {
         }
     };
     println!("PTX from {origin}");
-    write(&out.join("modules.rs"), &modules_rs(&sources, folder.as_deref(), &origin))
+    write(&out.join("modules.rs"), &modules_rs(&sources, folder.as_deref(), &origin)?)
 }
 
 /// The folder that holds `debug` and `release` (or, with `--target`, the triple's folder).
@@ -144,20 +148,41 @@ fn ptx_name(module: &str, target: &Target) -> String {
     format!("{module}.{}.ptx", target.name)
 }
 
+fn compressed_name(module: &str, target: &Target) -> String {
+    format!("{}.z", ptx_name(module, target))
+}
+
 /// The code that `src/cuda/image.rs` includes.
-fn modules_rs(sources: &Sources, folder: Option<&Path>, origin: &str) -> String {
-    let mut code = format!("const ORIGIN: &str = {origin:?};\nstatic MODULES: &[Image] = &[\n");
+fn modules_rs(sources: &Sources, folder: Option<&Path>, origin: &str) -> Result<String> {
+    let mut images = String::new();
     for (folder, (module, target)) in
         folder.iter().flat_map(|folder| sources.files().map(move |file| (folder, file)))
     {
-        let path = folder.join(ptx_name(module, target));
+        let path = folder.join(compressed_name(module, target));
+        let bytes = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let (header, body) = bytes.split_at(header_len(&bytes));
+        let header = String::from_utf8_lossy(header);
+        let from = if body.is_empty() { folder.join(compressed_name(module, &TARGETS[0])) } else { path };
         let variant = target.variant;
         let _ = writeln!(
-            code,
-            "    Image {{ module: {module:?}, target: Target::{variant}, ptx: include_str!({path:?}) }},"
+            images,
+            "    Image {{ module: {module:?}, target: Target::{variant}, header: {header:?}, file: include_bytes!({from:?}) }},"
         );
     }
-    code + "];\n"
+    Ok(format!("const ORIGIN: &str = {origin:?};\nstatic MODULES: &[Image] = &[\n{images}];\n"))
+}
+
+/// The length of the two lines before the compressed text.
+fn header_len(bytes: &[u8]) -> usize {
+    bytes.splitn(3, |&byte| byte == b'\n').take(2).map(|line| line.len() + 1).sum()
+}
+
+/// The lines of a PTX text that name its version and its target, and the text without them.
+fn take_header(ptx: &str) -> (String, String) {
+    let named = |line: &&str| line.starts_with(".version ") || line.starts_with(".target ");
+    let (header, body): (Vec<_>, Vec<_>) = ptx.lines().partition(named);
+    let text = |lines: Vec<&str>| lines.iter().map(|line| format!("{line}\n")).collect();
+    (text(header), text(body))
 }
 
 /// Compiles what is not in the cache, and collects everything in `OUT_DIR/ptx` with a manifest.
@@ -189,6 +214,7 @@ fn compile(nvcc: &Path, version: &str, sources: &Sources, out: &Path) -> Result<
     if !errors.is_empty() {
         return Err(errors);
     }
+    drop_twins(sources, &folder)?;
     write(&folder.join("MANIFEST"), &sources.manifest()?)?;
     write(&folder.join("NVCC"), &nvcc.to_string_lossy())?;
     Ok(folder)
@@ -215,7 +241,35 @@ fn compile_module(
         write(&partial, &finish(&read(&output)?, target))?;
         fs::rename(&partial, &cached).map_err(|e| format!("{}: {e}", cached.display()))?;
     }
-    write(&output, &read(&cached)?)
+    let ptx = read(&cached)?;
+    write(&output, &ptx)?;
+    let (packed, partial) =
+        (cached.with_extension("ptx.z"), cached.with_extension(std::process::id().to_string()));
+    if !packed.exists() {
+        let (header, body) = take_header(&ptx);
+        let bytes = [header.into_bytes(), compress_to_vec_zlib(body.as_bytes(), 9)].concat();
+        fs::write(&partial, bytes).map_err(|e| format!("{}: {e}", partial.display()))?;
+        fs::rename(&partial, &packed).map_err(|e| format!("{}: {e}", packed.display()))?;
+    }
+    let output = folder.join(compressed_name(module, target));
+    fs::copy(&packed, &output).map(drop).map_err(|e| format!("{}: {e}", output.display()))
+}
+
+/// Empties compressed text that is the same as the first target's: most kernels use nothing that newer ones alone have.
+fn drop_twins(sources: &Sources, folder: &Path) -> Result<()> {
+    let load = |path: &Path| fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
+    for module in &sources.modules {
+        let first = load(&folder.join(compressed_name(module, &TARGETS[0])))?;
+        for target in &TARGETS[1..] {
+            let path = folder.join(compressed_name(module, target));
+            let bytes = load(&path)?;
+            let header = header_len(&bytes);
+            if bytes[header..] == first[header_len(&first)..] {
+                fs::write(&path, &bytes[..header]).map_err(|e| format!("{}: {e}", path.display()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Stamps the PTX version down, drops the one hint that needs a newer version, and cuts the folders off the file names of

@@ -6,14 +6,15 @@ use lora_kernels::Error;
 use lora_kernels::cuda::{Image, Target, kernels, modules, origin};
 
 /// Entry names of a module with the sizes of their parameters.
-fn entries(image: &Image) -> BTreeMap<&'static str, usize> {
-    let after_entry = image.ptx.split(".entry ").skip(1);
+fn entries(image: &Image) -> BTreeMap<String, usize> {
+    let ptx = image.ptx();
+    let after_entry = ptx.split(".entry ").skip(1);
     let parsed = after_entry.map(|text| {
         let (name, rest) = text.split_once('(').expect("parameters");
         let parameters = rest.split_once(')').expect("an end of the parameters").0;
         assert_eq!(parameters.matches(".param").count(), 1, "{name} takes one struct");
         let size = parameters.rsplit_once('[').expect("a struct").1.trim_end().trim_end_matches(']');
-        (name.trim(), size.parse().expect("a size"))
+        (name.trim().to_owned(), size.parse().expect("a size"))
     });
     parsed.collect()
 }
@@ -25,9 +26,10 @@ fn the_build_has_kernels() {
 
 #[test]
 fn every_entry_is_in_the_registry_with_the_size_of_its_parameters() {
-    let mut registered = BTreeMap::<&str, BTreeMap<&str, usize>>::new();
+    let mut registered = BTreeMap::<&str, BTreeMap<String, usize>>::new();
     for kernel in kernels() {
-        let again = registered.entry(kernel.module).or_default().insert(kernel.entry, kernel.param_bytes);
+        let again =
+            registered.entry(kernel.module).or_default().insert(kernel.entry.into(), kernel.param_bytes);
         assert_eq!(again, None, "{} is registered twice", kernel.entry);
     }
     for target in Target::ALL {
@@ -58,7 +60,7 @@ fn ptx_is_stamped_for_drivers_from_r525_on() {
         };
         for line in [version, target] {
             assert!(
-                image.ptx.lines().any(|l| l == line),
+                image.ptx().lines().any(|l| l == line),
                 "{} for {} has no `{line}`",
                 image.module,
                 image.target
@@ -70,7 +72,7 @@ fn ptx_is_stamped_for_drivers_from_r525_on() {
 #[test]
 fn ptx_does_not_depend_on_where_it_was_compiled() {
     for image in modules() {
-        for line in image.ptx.lines() {
+        for line in image.ptx().lines() {
             let place = format!("{} for {}: {line}", image.module, image.target);
             assert!(!line.contains("_INTERNAL_"), "the name of a static symbol hashes the path; {place}");
             let file = line.trim_start().strip_prefix(".file");

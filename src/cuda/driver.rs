@@ -397,7 +397,7 @@ fn load_functions(image: &Image, max_shared_bytes: u32) -> Result<HashMap<&'stat
 
 fn load_module(image: &Image) -> Result<sys::CUmodule> {
     let operation = format!("loading {} for {}", image.module, image.target);
-    let ptx = CString::new(image.ptx).map_err(|_| device_error(&operation, "the PTX has a zero byte"))?;
+    let ptx = CString::new(image.ptx()).map_err(|_| device_error(&operation, "the PTX has a zero byte"))?;
     let mut log = vec![0u8; 16 << 10];
     let mut options =
         [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];

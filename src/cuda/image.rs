@@ -1,6 +1,8 @@
-//! The compiled kernels, as PTX text inside the library.
+//! The compiled kernels, as PTX text inside the library, compressed to a tenth of its size.
 
 use std::fmt;
+
+use miniz_oxide::inflate::decompress_to_vec_zlib;
 
 use crate::{Error, Result};
 
@@ -53,8 +55,26 @@ pub struct Image {
     pub module: &'static str,
     /// What it was compiled for.
     pub target: Target,
-    /// The text that the driver or the emulator loads.
-    pub ptx: &'static str,
+    /// The lines of the text that name version and target.
+    header: &'static str,
+    /// Two such lines, and the rest of the text, compressed by zlib (`build.rs`).
+    file: &'static [u8],
+}
+
+impl Image {
+    /// The text that the driver or the emulator loads. It is decompressed by every call, which takes milliseconds.
+    pub fn ptx(&self) -> String {
+        let body =
+            self.file.splitn(3, |&byte| byte == b'\n').nth(2).expect("build.rs writes two lines before it");
+        let body = decompress_to_vec_zlib(body).expect("build.rs has compressed it");
+        let body = String::from_utf8(body).expect("PTX is text");
+        format!("{}{body}", self.header)
+    }
+
+    /// What is stored of the text. Other bytes are another text.
+    pub fn stored(&self) -> (&'static str, &'static [u8]) {
+        (self.header, self.file)
+    }
 }
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));

@@ -233,7 +233,7 @@ fn load(image: &Image) -> Result<Module> {
         return Ok(module.clone());
     }
     let name = format!("{}.{}.ptx", image.module, image.target);
-    let module = Module::parse(&name, image.ptx).map_err(|e| device_error(image.module, e))?;
+    let module = Module::parse(&name, &image.ptx()).map_err(|e| device_error(image.module, e))?;
     loaded.insert((image.module, image.target), module.clone());
     Ok(module)
 }

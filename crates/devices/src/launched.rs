@@ -44,6 +44,6 @@ fn folder() -> Option<PathBuf> {
 
 fn hash(image: &Image) -> String {
     let mut hasher = DefaultHasher::new();
-    image.ptx.hash(&mut hasher);
+    image.stored().hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }
