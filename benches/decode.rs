@@ -340,6 +340,7 @@ impl Product {
             tokens,
             k,
             max_rank: adapters.rank(),
+            slices: 1,
             dtype: DType::BF16,
             adapter_dtype: DType::BF16,
         };

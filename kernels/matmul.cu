@@ -22,8 +22,9 @@ __device__ __forceinline__ void finish(const Params& p, uint8_t* memory, uint32_
             staging[token * kPitch + column + e / 2 * 8 + lane / 4] = sums[e / 4][m][e % 4];
         }
     }
-    if (p.branch.adapters.entries != nullptr && blockIdx.y == 0) {
-        add_low_rank<T, Groups>(p.branch, first_token, p.tokens, first_row + column, p.n, staging, kPitch, column);
+    if (p.branch.adapters.entries != nullptr) {
+        // The blocks that share the sum share the branch.
+        add_low_rank<T, 8 * Groups, kRows>(p.branch, first_token, p.tokens, first_row, p.n, staging, kPitch, blockIdx.y, p.splits);
     }
     __syncthreads();
     const uint32_t row = first_row + threadIdx.x;

@@ -12,6 +12,7 @@
 #include "hopper.cuh"
 #include "product.cuh"
 #include "tile.cuh"
+#include "vector.cuh"
 
 // Twin: cuda::matmul::PrefillParams. x in boxes of `Tokens` by 64, codes in boxes of 128 rows by 32 bytes, a dense w in boxes of
 // 128 by 64, permuted within rows of a box.
@@ -125,6 +126,20 @@ __device__ __forceinline__ uint32_t next_adapter(const Adapters& adapters, uint3
     return __reduce_min_sync(kAllLanes, next);
 }
 
+// Calls `act(adapter, number, slice)` for the adapters of a tile of tokens and their slices that have rows among the unit's.
+template <int Tokens, typename Of, typename Act>
+__device__ __forceinline__ void for_each_adapter(const Adapters& adapters, const Unit& unit, Of of, Act act) {
+#pragma unroll 1
+    for (uint32_t current = next_adapter<Tokens>(adapters, 0, of); current < adapters.count;
+         current = next_adapter<Tokens>(adapters, current + 1, of)) {
+#pragma unroll 1
+        for (uint32_t slice = 0; slice < adapters.slices; ++slice) {
+            const Adapter adapter = adapters.entries[size_t(current) * adapters.slices + slice];
+            if (reaches(adapter, unit.first_row, kRows)) act(adapter, current, slice);
+        }
+    }
+}
+
 // What the first warpgroup does: it fills the stages in their order. A thread has the absmax of one row of codes.
 template <typename T, bool Codes, int Tokens, int Stages>
 struct Producer {
@@ -194,24 +209,22 @@ struct Producer {
             token += unit.first_token;
             return token < p.tokens ? uint32_t(adapters.of(token)) : ~0u;
         };
+        const size_t pitch = adapters.pitch * adapters.slices;
+        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t current, uint32_t slice) {
 #pragma unroll 1
-        for (uint32_t current = next_adapter<Tokens>(adapters, 0, of); current < adapters.count;
-             current = next_adapter<Tokens>(adapters, current + 1, of)) {
-            const uint32_t rank = adapters.entries[current].rank;
-#pragma unroll 1
-            for (uint32_t i = 0; i < 2 * ((rank + kSlice - 1) / kSlice); ++i) {
-                const uint32_t begin = i / 2 * kSlice, chunks = (min(rank - begin, kSlice) + 15) / 16 * 2;
+            for (uint32_t i = 0; i < 2 * ((adapter.rank + kSlice - 1) / kSlice); ++i) {
+                const uint32_t begin = i / 2 * kSlice, chunks = (min(adapter.rank - begin, kSlice) + 15) / 16 * 2;
                 hopper::wait(layout.empty + stage * 8, parity);
 #pragma unroll 1
                 for (uint32_t item = threadIdx.x; item < Tokens * chunks; item += kWarpgroup) {
                     const uint32_t token = item / chunks, chunk = item % chunks, r = begin + chunk * 8;
                     uint32_t words[4] = {};
                     if (of(token) == current && r < adapters.pitch) {
-                        const float* v = p.branch.v + size_t(unit.first_token + token) * adapters.pitch + r;
-                        float low[4], high[4] = {};
-                        load_vector(v, low);
-                        if (r + 4 < adapters.pitch) load_vector(v + 4, high);
-                        const Split first(low), second(high);
+                        const float* v = p.branch.v + (unit.first_token + token) * pitch + slice * adapters.pitch + r;
+                        const float4 low = load_v(v, p.tokens * pitch, p.branch.parts);
+                        float4 high = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                        if (r + 4 < adapters.pitch) high = load_v(v + 4, p.tokens * pitch, p.branch.parts);
+                        const Split first({low.x, low.y, low.z, low.w}), second({high.x, high.y, high.z, high.w});
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             words[e] = i % 2 ? first.low[e] : first.high[e];
@@ -225,7 +238,7 @@ struct Producer {
                 if (threadIdx.x == 0) hopper::arrive(layout.full + stage * 8);
                 deliver();
             }
-        }
+        });
     }
 
     // Asks L2 for the absmax of the thread's row, in lines of 128 bytes.
@@ -365,11 +378,7 @@ struct Consumer {
         hopper::sync_some<1, kConsumers>();
         const auto of = [&](uint32_t token) { return choice(token); };
         bool whole = true;
-#pragma unroll 1
-        for (uint32_t current = next_adapter<Tokens>(adapters, 0, of); current < adapters.count;
-             current = next_adapter<Tokens>(adapters, current + 1, of)) {
-            whole &= add_adapter(unit, adapters.entries[current]);
-        }
+        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t, uint32_t) { whole &= add_adapter(unit, adapter); });
         if (!__all_sync(kAllLanes, whole)) spoil_broken(unit);
         // Tokens whose adapter is none.
         bool wrong = false;
@@ -385,10 +394,10 @@ struct Consumer {
         return adapter;
     }
 
-    // Returns whether the lane has seen nothing but numbers in b.
+    // Returns whether the lane has seen nothing but numbers in b. Rows outside of the adapter's slice add zeros.
     __device__ __forceinline__ bool add_adapter(const Unit& unit, const Adapter& adapter) {
         const bool b_is_bf16 = std::is_same<T, bf16>::value && !p.branch.b_is_f32;
-        const uint32_t row = unit.first_row + warp * 16 + lane / 4;
+        const uint32_t row = unit.first_row + warp * 16 + lane / 4 - adapter.first_row;
         bool whole = true;
 #pragma unroll 1
         for (uint32_t begin = 0; begin < adapter.rank; begin += kSlice) {
@@ -399,8 +408,8 @@ struct Consumer {
 #pragma unroll
                 for (uint32_t i = 0; i < 2; ++i) {
                     float b[4] = {};
-                    const uint32_t n = min(row + i * 8, p.n - 1), r = begin + j * 16 + lane % 4 * 2;
-                    if (j * 16 < ranks) {
+                    const uint32_t n = row + i * 8, r = begin + j * 16 + lane % 4 * 2;
+                    if (j * 16 < ranks && n < adapter.rows) {
                         load_pair(adapter, n, r, b[0], b[1]);
                         load_pair(adapter, n, r + 8, b[2], b[3]);
                     }
@@ -431,25 +440,23 @@ struct Consumer {
         const Adapters& adapters = p.branch.adapters;
         const uint32_t row = unit.first_row + warp * 16 + lane / 4;
         const auto of = [&](uint32_t token) { return choice(token); };
-#pragma unroll 1
-        for (uint32_t current = next_adapter<Tokens>(adapters, 0, of); current < adapters.count;
-             current = next_adapter<Tokens>(adapters, current + 1, of)) {
-            const Adapter adapter = adapters.entries[current];
+        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t current, uint32_t) {
             bool broken[2];
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
+                const uint32_t n = row + i * 8 - adapter.first_row;
                 bool whole = true;
 #pragma unroll 1
-                for (uint32_t r = lane % 4 * 2; r < adapter.rank; r += 8) {
+                for (uint32_t r = lane % 4 * 2; r < adapter.rank && n < adapter.rows; r += 8) {
                     float first, second;
-                    load_pair(adapter, min(row + i * 8, p.n - 1), r, first, second);
+                    load_pair(adapter, n, r, first, second);
                     whole = whole && isfinite(first) && isfinite(second);
                 }
                 // The four lanes of a row have looked at different ranks.
                 broken[i] = (__ballot_sync(kAllLanes, !whole) >> (lane & ~3u) & 15) != 0;
             }
             spoil([&](uint32_t adapter, int i) { return adapter == current && broken[i]; });
-        }
+        });
     }
 
     __device__ __forceinline__ void load_pair(const Adapter& adapter, uint32_t row, uint32_t r, float& first, float& second) const {

@@ -45,21 +45,21 @@ fn what_is_wrong_is_named() {
             other => panic!("{argument}: {other:?}"),
         }
     };
-    refused(AdapterView { rank: MAX_RANK + 1, ..right }, 48, "adapters[1].rank", "257");
-    refused(AdapterView { rank: usize::MAX, ..right }, 48, "adapters[1].rank", &usize::MAX.to_string());
-    refused(AdapterView { rank: 2, ..right }, 48, "adapters[1].lora_a", "12");
-    refused(AdapterView { lora_b: factors.slice(..16), ..right }, 48, "adapters[1].lora_b", "16");
+    refused(AdapterView { rank: MAX_RANK + 1, ..right }, 64, "adapters[1].rank", "257");
+    refused(AdapterView { rank: usize::MAX, ..right }, 64, "adapters[1].rank", &usize::MAX.to_string());
+    refused(AdapterView { rank: 2, ..right }, 64, "adapters[1].lora_a", "12");
+    refused(AdapterView { lora_b: factors.slice(..16), ..right }, 64, "adapters[1].lora_b", "16");
     refused(
         AdapterView { lora_a: foreign.slice(..12), ..right },
-        48,
+        64,
         "adapters[1].lora_a",
         "another device's",
     );
-    refused(AdapterView { scaling: f32::NAN, ..right }, 48, "adapters[1].scaling", "NaN");
-    refused(right, 47, "buffer", "47");
+    refused(AdapterView { scaling: f32::NAN, ..right }, 64, "adapters[1].scaling", "NaN");
+    refused(right, 63, "buffer", "63");
     let unaligned = factors.slice(1..13);
     let address = format!("address {:#x}", unaligned.address());
-    refused(AdapterView { lora_a: unaligned, ..right }, 48, "adapters[1].lora_a", &address);
+    refused(AdapterView { lora_a: unaligned, ..right }, 64, "adapters[1].lora_a", &address);
 }
 
 #[test]

@@ -165,14 +165,7 @@ fn products() {
             let x = device.upload(&data.normal::<bf16>(tokens * K, 1.0));
             let index: Vec<i32> = (0..tokens as i32).map(|i| (i + 1) % 3 - 1).collect();
             let index = device.upload(&index);
-            let shape = lora_shrink::Shape {
-                tokens,
-                k: K,
-                max_rank: table.max_rank(),
-                dtype: DType::BF16,
-                adapter_dtype: DType::BF16,
-            };
-            let shrink = lora_shrink::plan(&shape, properties).unwrap();
+            let shrink = lora_shrink::plan(&table.shrink_shape(tokens, DType::BF16), properties).unwrap();
             let v = RefCell::new(device.alloc(shrink.v_len()));
             for (format, weight) in [
                 (WeightFormat::Nf4 { blocksize: BLOCKSIZE }, Weight::Nf4(buffers.view())),

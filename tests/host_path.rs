@@ -122,13 +122,7 @@ fn every_call_is_within_its_budget() {
     for tokens in [1, 16, 64] {
         let index = Some(memory.read::<i32>(tokens));
         let shrink = || {
-            let shape = lora_shrink::Shape {
-                tokens,
-                k: K,
-                max_rank: table.max_rank(),
-                dtype: DType::BF16,
-                adapter_dtype: DType::BF16,
-            };
+            let shape = table.shrink_shape(tokens, DType::BF16);
             let plan = lora_shrink::plan(&shape, &queue.properties).unwrap();
             plan.run(&queue, memory.read::<bf16>(tokens * K), &table, index, memory.write(plan.v_len()))
                 .unwrap();

@@ -154,6 +154,7 @@ impl Engine for Gpu {
             tokens: m,
             k,
             max_rank: if adapters > 0 { RANK } else { 0 },
+            slices: 1,
             dtype: DType::BF16,
             adapter_dtype: DType::BF16,
         };

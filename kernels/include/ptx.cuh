@@ -69,6 +69,13 @@ __device__ __forceinline__ uint4 load_stream16(const void* global) {
     return v;
 }
 
+// threadIdx.x, read here: what is made of it is not computed, and kept in registers, before.
+__device__ __forceinline__ uint32_t thread_now() {
+    uint32_t v;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+    return v;
+}
+
 // (a & mask) | b, in one instruction whatever is known of b.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b) {
     uint32_t d;

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "nf4.cuh"
+#include "pieces.cuh"
 #include "product.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"
@@ -26,12 +27,6 @@ __device__ __forceinline__ uint32_t tile_offset(uint32_t row, uint32_t chunk) {
     return row * kTileRow + ((chunk ^ (row & 1)) * 16);
 }
 
-__device__ __forceinline__ void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_f16(d, a, b0, b1);
-}
-__device__ __forceinline__ void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_bf16(d, a, b0, b1);
-}
 
 // The weights of a warp's 32 rows in half a slice: operands for two multiplications of each 16 rows.
 struct Operands {
@@ -68,27 +63,27 @@ template <int Rows, int RowBytes, int Threads>
 struct RowCopier {
     static constexpr uint32_t kChunks = RowBytes / 16, kStride = Threads / kChunks, kElements = kSlice / kChunks;
     const uint8_t* from;  // the thread's chunk of slice 0 in its first row
-    uint32_t pitch;       // bytes from row to row
+    const uint32_t& k;    // of the kernel's parameters: a register less
     uint32_t last;        // rows that follow the thread's first
-    uint32_t end;         // the chunk lies outside from this slice on
 
-    __device__ __forceinline__ RowCopier(const void* matrix, uint32_t first_row, uint32_t rows, uint32_t k) {
+    __device__ __forceinline__ RowCopier(const void* matrix, uint32_t first_row, uint32_t rows, const uint32_t& k) : k(k) {
         const uint32_t row = min(first_row + threadIdx.x / kChunks, rows - 1), chunk = threadIdx.x % kChunks;
-        pitch = k / kElements * 16;
-        from = static_cast<const uint8_t*>(matrix) + uint64_t(row) * pitch + chunk * 16;
+        from = static_cast<const uint8_t*>(matrix) + uint64_t(row) * pitch() + chunk * 16;
         last = rows - 1 - row;
-        end = (k - chunk * kElements + kSlice - 1) / kSlice;
-        if (chunk * kElements >= k) end = 0;
     }
+
+    // Bytes from row to row.
+    __device__ __forceinline__ uint32_t pitch() const { return k / kElements * 16; }
 
     // `offset(row, chunk)` is the chunk's place in the tile, and grows evenly with every `kStride` rows.
     template <typename Offset>
     __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice, Offset offset) const {
-        const uint32_t row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, bytes = slice < end ? 16 : 0;
+        const uint32_t row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+        const bool inside = slice * kSlice + chunk * kElements < k;
 #pragma unroll
         for (uint32_t i = 0; i < Rows; i += kStride) {
-            const uint8_t* at = from + uint64_t(min(i, last)) * pitch + slice * RowBytes;
-            ptx::copy_async16(shared + offset(row, chunk) + i * RowBytes, slice < end ? at : from, bytes);
+            const uint8_t* at = from + uint64_t(min(i, last)) * pitch() + slice * RowBytes;
+            ptx::copy_async16(shared + offset(row, chunk) + i * RowBytes, inside ? at : from, inside ? 16 : 0);
         }
     }
 };
@@ -228,95 +223,6 @@ __device__ __forceinline__ void decode_tile(uint8_t* tile, const Params& p, cons
                     *reinterpret_cast<T*>(tile + tile_offset(row, column / 8) + column % 8 * sizeof(T)) = from_f32<T>(values[e]);
                 }
             }
-        }
-    }
-}
-
-// Four f32 as sums of two bf16 each: 16 bits of every significand.
-struct Split {
-    uint32_t high[2], low[2];
-
-    __device__ __forceinline__ explicit Split(const float (&values)[4]) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float a, b;
-            high[i] = Pair<bf16>::pack(values[2 * i], values[2 * i + 1]);
-            Pair<bf16>::unpack(high[i], a, b);
-            low[i] = Pair<bf16>::pack(values[2 * i] - a, values[2 * i + 1] - b);
-        }
-    }
-};
-
-// Adds the low-rank branch of the tokens' adapters to `sums` [8 Groups][pitch]: v and b as pairs of bf16, three products of
-// four (the fourth is below the others' rounding). A token gets its own adapter's sum only, added once: what the adapters
-// of other tokens hold does not matter to it. Called by all threads of the block; a warp adds to the 32 columns from
-// `column` on, which are the rows of b from `first_row` on, and every lane where it has written (lane (g, t): columns
-// g + 8 i, tokens 8 m + 2 t and 8 m + 2 t + 1).
-template <typename T, int Groups>
-__device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                                             uint32_t rows, float* sums, uint32_t pitch, uint32_t column) {
-    constexpr int kTokens = 8 * Groups, kWords = (kTokens + 31) / 32;
-    __shared__ Choice<kTokens> choice;
-    __shared__ uint32_t firsts[kWords];  // bit j: the token is the first of the tile with its adapter
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const bool b_is_bf16 = std::is_same<T, bf16>::value && !branch.b_is_f32;
-    choice.load(branch.adapters, first_token, tokens);
-    __syncthreads();
-    for (uint32_t j = threadIdx.x; j < kWords * 32; j += blockDim.x) {
-        const bool first = j < kTokens && branch.adapters.exists(choice.adapter[j]) && choice.is_first(j);
-        const uint32_t mask = __ballot_sync(kAllLanes, first);
-        if (lane == 0) firsts[j / 32] = mask;
-    }
-    __syncthreads();
-
-#pragma unroll 1
-    for (uint32_t i = 0; i < kWords; ++i) {
-#pragma unroll 1
-        for (uint32_t mask = firsts[i]; mask != 0; mask &= mask - 1) {
-            const int32_t current = choice.adapter[i * 32 + __ffs(mask) - 1];
-            const Adapter adapter = branch.adapters.entries[current];
-#pragma unroll 1
-            for (uint32_t m = 0; m < kTokens; m += 8) {
-                const bool mine[2] = {choice.adapter[m + 2 * t] == current, choice.adapter[m + 2 * t + 1] == current};
-                if (!__any_sync(kAllLanes, mine[0] || mine[1])) continue;
-                const bool has_v = choice.adapter[m + g] == current;
-                const float* v = branch.v + size_t(first_token + m + g) * branch.adapters.pitch;
-                float delta[2][4] = {};
-#pragma unroll 1
-                for (uint32_t begin = 0; begin < adapter.rank; begin += 16) {
-                    const uint32_t r = begin + 4 * t;
-                    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    if (has_v && r < adapter.rank) load_vector(v + r, values);
-                    const Split x(values);
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        uint32_t high[4], low[4];
-#pragma unroll
-                        for (int k = 0; k < 2; ++k) {
-                            const uint32_t row = first_row + half * 16 + k * 8 + g;
-                            load_b<T>(adapter, branch.b_is_f32, min(row, rows - 1), r, values);
-                            const Split b(values);
-                            high[k] = b.high[0], high[2 + k] = b.high[1];
-                            low[k] = b.low[0], low[2 + k] = b.low[1];
-                        }
-                        ptx::mma_bf16(delta[half], high, x.high[0], x.high[1]);
-                        ptx::mma_bf16(delta[half], high, x.low[0], x.low[1]);
-                        if (!b_is_bf16) ptx::mma_bf16(delta[half], low, x.high[0], x.high[1]);
-                    }
-                }
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    if (mine[e % 2]) sums[(m + 2 * t + e % 2) * pitch + column + e / 2 * 8 + g] += delta[e / 4][e % 4];
-                }
-            }
-        }
-    }
-#pragma unroll 1
-    for (uint32_t m = 0; m < kTokens; m += 8) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const uint32_t token = m + 2 * t + e % 2;
-            if (branch.adapters.is_wrong(choice.adapter[token])) sums[token * pitch + column + e / 2 * 8 + g] = nan_value();
         }
     }
 }

@@ -1,13 +1,14 @@
 //! `y[m] += v[m] lora_b^T` with an adapter per token: the second half of the low-rank branch, for engines that have a base
 //! product of their own. (With this crate's, [`matmul`](super::matmul) adds it before y is rounded.)
 //!
-//! The product is summed in f32 and added to y with one rounding to y's type. A row whose token has no adapter (-1) keeps
-//! its bits; one with a number that is not an adapter's becomes NaN.
+//! The product is summed in f32 and added to y with one rounding to y's type. A row whose token has no adapter (-1), or
+//! one of rank 0, keeps its bits; one with a number that is not an adapter's becomes NaN.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::{LowRankParams, check_adapter_dtype};
 use super::check::{blocks, dimension, find, read_only};
+use super::lora_shrink::{WINDOW, slots};
 use super::{Kernel, Launch, LowRank, Properties, Queue, ViewMut};
 use crate::{DType, Element, Error, Result};
 
@@ -18,8 +19,7 @@ pub(super) const KERNELS: &[Kernel] = &[
 ];
 
 const THREADS: u32 = 128;
-const TOKENS: usize = 8;
-const ROWS: usize = 64;
+const ROWS: usize = 128;
 
 /// What is to be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Plan(Details);
 
 read_only!(Plan, Details);
 
-/// What will run: blocks of 8 tokens by 64 outputs.
+/// What will run: blocks of up to eight tokens that share an adapter, by 128 outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Details {
     /// The shape that it is for.
@@ -49,6 +49,8 @@ pub struct Details {
     pub kernel: Option<Kernel>,
     /// Blocks.
     pub grid: [u32; 3],
+    /// Blocks that take turns with the groups of 32 tokens.
+    pub slots: usize,
 }
 
 /// `Params` of `lora_expand.cu`.
@@ -59,6 +61,8 @@ struct Params {
     branch: LowRankParams,
     tokens: u32,
     n: u32,
+    slots: u32,
+    padding: u32,
 }
 
 /// Chooses the kernel and the grid.
@@ -69,12 +73,14 @@ pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     dimension("tokens", shape.tokens)?;
     dimension("n", shape.n)?;
     check_adapter_dtype(shape.adapter_dtype, shape.dtype)?;
-    let tiles = shape.tokens.div_ceil(TOKENS) as u64 * shape.n.div_ceil(ROWS) as u64;
+    let slots = slots(shape.tokens);
+    let tiles = (shape.tokens.div_ceil(WINDOW) * slots) as u64 * shape.n.div_ceil(ROWS) as u64;
     let entry = format!("lora_expand_{}", shape.dtype);
     Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         grid: [blocks("tokens * n", tiles)?, 1, 1],
+        slots,
     }))
 }
 
@@ -101,14 +107,21 @@ impl Plan {
         y.check("y", tokens * n, dtype.size() as u64, device)?;
         let branch = branch.params(dtype, tokens, n, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
-        let params = Params { y: y.address(), branch, tokens: tokens as u32, n: n as u32 };
+        let params = Params {
+            y: y.address(),
+            branch,
+            tokens: tokens as u32,
+            n: n as u32,
+            slots: self.slots as u32,
+            padding: 0,
+        };
         let launch = Launch {
             kernel,
             grid: self.grid,
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
-            overlap: false,
+            overlap: true,
         };
         // SAFETY: the views cover what the kernel reads and writes: y, v, the index and the table were checked above, the
         // factors when the table was made; they are borrowed, so they live until the caller lets go of them.

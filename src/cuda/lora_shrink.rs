@@ -1,34 +1,48 @@
 //! `v[m] = scaling * x[m] lora_a^T` in f32, with an adapter per token: the first half of the low-rank branch.
 //!
-//! `v` is `[tokens, v_columns]` with `v_columns` the largest rank, rounded up to a multiple of 4. Row m holds the product
-//! with token m's own adapter in its first `rank` columns and zeros behind them: all zeros for a token without an adapter
-//! (-1), all NaN for a number that is not an adapter's. Products and sums are f32, `scaling` comes last. The order of the
-//! sum depends on k alone, so a token's bits do not depend on what is beside it.
+//! `v` is `[parts, tokens, v_columns]`: its parts add up to the product. `v_columns` is the largest rank, rounded up to a
+//! multiple of 4, for each slice of the outputs. Row m holds token m's own adapter in the first `rank` columns of a slice
+//! and zeros behind them: all zeros for a token without an adapter (-1), all NaN for a number that is not an adapter's.
+//!
+//! Products are exact and sums are f32, with `scaling` put in before the last three additions. Their order depends on k
+//! alone: a token's bits do not depend on what is beside it, nor the sum on the number of parts. (An infinite x or lora_a
+//! gives NaN where one of them is f32.)
+//!
+//! Tokens with the same adapter need not be neighbours: a block finds those that share one among 32, and multiplies up to
+//! eight of them with what it reads of lora_a.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::adapter_table::{Adapters, MAX_RANK, check_adapter_dtype, v_columns};
+use super::adapter_table::{Adapters, MAX_RANK, MAX_SLICES, check_adapter_dtype, v_columns};
 use super::check::{blocks, dimension, find, read_only};
 use super::{AdapterTable, Kernel, Launch, Properties, Queue, View, ViewMut};
 use crate::{DType, Element, Error, Result};
 
 pub(super) const KERNELS: &[Kernel] = &[
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f32_f32_t1"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f32_f32_t8"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f16_t1"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f16_t8"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f32_t1"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f32_t8"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_bf16_t1"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_bf16_t8"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_f32_t1"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_f32_t8"),
+    Kernel::new::<Params>("lora_shrink", "lora_shrink_f32_f32"),
+    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f16"),
+    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f32"),
+    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_bf16"),
+    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_f32"),
 ];
 
 const THREADS: u32 = 256;
 
-/// Tokens and rows of lora_a that one block takes.
-const TILES: [Tile; 2] = [Tile { tokens: 1, ranks: 2 }, Tile { tokens: 8, ranks: 4 }];
+/// Tokens that are searched for those that share an adapter, and those of them that a block takes together.
+pub(super) const WINDOW: usize = 32;
+const GROUP: usize = 8;
+
+/// Rows of lora_a that a block takes.
+const RANKS: usize = 16;
+
+/// The most blocks that share a sum over k.
+const MAX_PARTS: usize = 8;
+
+/// Blocks that take turns with the groups of a window: as many as there can be groups, but for many tokens, most of which
+/// have neighbours with their adapter.
+pub(super) fn slots(tokens: usize) -> usize {
+    if tokens <= 8 * WINDOW { tokens.min(WINDOW) } else { WINDOW / GROUP }
+}
 
 /// What is to be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,19 +53,12 @@ pub struct Shape {
     pub k: usize,
     /// The largest rank of the adapters.
     pub max_rank: usize,
+    /// Slices of the outputs that have factors of their own.
+    pub slices: usize,
     /// The type of x.
     pub dtype: DType,
     /// The type of the adapters: that of x, or f32.
     pub adapter_dtype: DType,
-}
-
-/// A block's share of the work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tile {
-    /// Tokens.
-    pub tokens: u32,
-    /// Rows of lora_a.
-    pub ranks: u32,
 }
 
 /// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
@@ -67,11 +74,13 @@ pub struct Details {
     pub shape: Shape,
     /// The kernel; none where v has no elements.
     pub kernel: Option<Kernel>,
-    /// Share of one block.
-    pub tile: Tile,
-    /// Blocks.
+    /// Blocks: for every 32 tokens and up to eight of a group; for every slice and 16 rows of lora_a; for every part.
     pub grid: [u32; 3],
-    /// Whether rows are read in pieces of 16 bytes: k is a multiple of the elements in one. Else element by element.
+    /// Blocks that take turns with the groups of 32 tokens.
+    pub slots: usize,
+    /// Blocks that share a sum over k: 1, 2, 4 or 8. Each leaves a part.
+    pub parts: usize,
+    /// Whether rows are read in pieces of 16 bytes: k is a multiple of 8. Else element by element.
     pub vectors: bool,
 }
 
@@ -84,14 +93,15 @@ struct Params {
     adapters: Adapters,
     tokens: u32,
     k: u32,
+    slots: u32,
     vectors: u32,
-    padding: u32,
 }
 
 /// Chooses the kernel and the grid.
 ///
 /// # Errors
-/// [`Error::Argument`] for a rank above [`MAX_RANK`], an adapter type that does not go with x, or sizes of 2^31 and above.
+/// [`Error::Argument`] for a rank above [`MAX_RANK`], slices that are none or more than [`MAX_SLICES`], an adapter type that
+/// does not go with x, or sizes of 2^31 and above.
 pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     dimension("tokens", shape.tokens)?;
     dimension("k", shape.k)?;
@@ -99,30 +109,41 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     if shape.max_rank > MAX_RANK {
         return Err(Error::argument("max_rank", format!("at most {MAX_RANK}"), shape.max_rank));
     }
-    let grid = |tile: Tile| {
-        [shape.tokens.div_ceil(tile.tokens as usize), v_columns(shape.max_rank).div_ceil(tile.ranks as usize)]
+    if shape.slices == 0 || shape.slices > MAX_SLICES {
+        return Err(Error::argument("slices", format!("1 to {MAX_SLICES}"), shape.slices));
+    }
+    let tiles = shape.max_rank.div_ceil(RANKS) * shape.slices;
+    let (windows, slots) = (shape.tokens.div_ceil(WINDOW), slots(shape.tokens));
+    // Where each token has an adapter of its own, no more than half of the blocks come second.
+    let enough = device.sm_count as usize * 3 / 2;
+    let parts = match tiles * shape.tokens {
+        0 => 1,
+        blocks => 1 << (enough / blocks).clamp(1, MAX_PARTS).ilog2(),
     };
-    // The large tile reads x and lora_a less often, where there are enough of them to fill half of the device.
-    let large = grid(TILES[1]).iter().product::<usize>() >= device.sm_count as usize / 2;
-    let tile = TILES[usize::from(large)];
-    let [x, y] = grid(tile);
-    let entry = format!("lora_shrink_{}_{}_t{}", shape.dtype, shape.adapter_dtype, tile.tokens);
+    let entry = format!("lora_shrink_{}_{}", shape.dtype, shape.adapter_dtype);
     Ok(Plan(Details {
         shape: *shape,
-        kernel: (x > 0 && y > 0).then(|| find(KERNELS, &entry)),
-        tile,
-        grid: [blocks("tokens", x as u64)?, y as u32, 1],
-        vectors: shape.k.is_multiple_of(16 / shape.dtype.size()),
+        kernel: (windows > 0 && tiles > 0).then(|| find(KERNELS, &entry)),
+        grid: [blocks("tokens", (windows * slots) as u64)?, tiles as u32, parts as u32],
+        slots,
+        parts,
+        vectors: shape.k.is_multiple_of(8),
     }))
 }
 
 impl Plan {
-    /// Elements of v.
-    pub fn v_len(&self) -> usize {
-        self.shape.tokens * v_columns(self.shape.max_rank)
+    /// The same with sums that are not shared, so that v is one part: for those who read v themselves.
+    pub fn in_one_part(self) -> Self {
+        let Details { grid: [x, y, _], .. } = self.0;
+        Self(Details { parts: 1, grid: [x, y, 1], ..self.0 })
     }
 
-    /// Computes `v` `[tokens, v_columns]` from `x` `[tokens, k]`, both aligned to 16 bytes. `index` `[tokens]` names every
+    /// Elements of v.
+    pub fn v_len(&self) -> usize {
+        self.parts * self.shape.tokens * v_columns(self.shape.max_rank) * self.shape.slices
+    }
+
+    /// Computes `v` `[parts, tokens, v_columns]` from `x` `[tokens, k]`, both aligned to 16 bytes. `index` `[tokens]` names every
     /// token's adapter (-1: none); without it all use adapter 0.
     ///
     /// # Errors
@@ -137,7 +158,7 @@ impl Plan {
         v: ViewMut<'_, f32>,
     ) -> Result<()> {
         let device = queue.properties();
-        let Shape { tokens, k, max_rank, dtype, adapter_dtype } = self.shape;
+        let Shape { tokens, k, max_rank, slices, dtype, adapter_dtype } = self.shape;
         if T::DTYPE != dtype {
             return Err(Error::argument("x", dtype.name(), T::DTYPE));
         }
@@ -150,6 +171,9 @@ impl Plan {
         if adapters.max_rank() != max_rank {
             return Err(Error::argument("adapters.max_rank", max_rank.to_string(), adapters.max_rank()));
         }
+        if adapters.slices().len() != slices {
+            return Err(Error::argument("adapters.slices", slices.to_string(), adapters.slices().len()));
+        }
         x.check("x", tokens * k, 16, device)?;
         v.check("v", self.v_len(), 16, device)?;
         let adapters = adapters.choose(index, tokens, device)?;
@@ -160,8 +184,8 @@ impl Plan {
             adapters,
             tokens: tokens as u32,
             k: k as u32,
+            slots: self.slots as u32,
             vectors: u32::from(self.vectors),
-            padding: 0,
         };
         let launch = Launch {
             kernel,
@@ -169,7 +193,7 @@ impl Plan {
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
-            overlap: false,
+            overlap: true,
         };
         // SAFETY: the views cover what the kernel reads and writes: x, v, the index and the table were checked above, the
         // factors when the table was made; they are borrowed, so they live until the caller lets go of them.

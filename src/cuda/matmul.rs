@@ -19,8 +19,9 @@
 //! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
 //! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
-//! `v Bᵀ` has f32 products in `skinny` and `matvec`. In `matmul` and `prefill`, v and B are taken as sums of two bf16 (an f16 or bf16 B
-//! is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth of the rounding of an f16 y, a 64th of a bf16 one.
+//! `v Bᵀ` has exact products in `skinny`, `matvec` and `matmul`, of bf16 that v and B are cut into, and f32 sums. In `prefill`, v
+//! and B are taken as sums of two bf16 (an f16 or bf16 B is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth
+//! of the rounding of an f16 y, a 64th of a bf16 one.
 
 use bytemuck::{Pod, Zeroable};
 

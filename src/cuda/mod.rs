@@ -24,7 +24,7 @@ mod queue;
 mod tensor_map;
 mod view;
 
-pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, check_adapter_index};
+pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, MAX_SLICES, check_adapter_index};
 pub use deltas::{MAX_DELTAS, UpdateView};
 #[cfg(feature = "cuda")]
 pub use driver::{CudaQueue, CudaRead, CudaWrite};

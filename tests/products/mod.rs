@@ -192,21 +192,25 @@ impl<T: Element, A: Element> Problem<T, A> {
     ///
     /// Let S be the sum of magnitudes ([`cpu::Truth::magnitude`]), u = 2^-24. In a sum of K products, in whatever order,
     /// a term goes through at most K - 1 additions; a step of a tensor core may cut off what it shifts out instead of
-    /// rounding it, which counts twice. The branch has K + r more such steps, and row_scale, bias, the scale of the adapter
-    /// and its addition one each. So sums are off by at most 2 (2 K + r + 4) u S. To that comes what the plan takes less
-    /// exactly: codebook values rounded to T, a share u_T of |x||w|; or v and b of the branch as two bf16 each, 2^-16 of
-    /// |v||b| twice for what is cut off and once for the product left out (4 * 2^-16 in all covers the second order).
-    /// The result y' is rounded to T: a share u_T of |y'|, or half the smallest subnormal of T.
+    /// rounding it, which counts twice. The branch has exact products; its terms meet 16 others and the sum so far in every
+    /// instruction, of which a leaf of x lora_a^T has 2 for each 32 elements and the ranks one for each 16, times at most 9
+    /// pairs of pieces of f32; and 6 additions of the tree of leaves, one for each 32 ranks. Row_scale, bias, the scale of
+    /// the adapter and the branch's addition have one each. So sums are off by at most 2 steps u S. To that come codebook
+    /// values where the plan rounds them to T, a share u_T of |x||w|; and in `prefill` v and b of the branch as two bf16 each,
+    /// 2^-16 of |v||b| twice for what is cut off and once for the product left out (4 * 2^-16 in all covers the second
+    /// order). The result y' is rounded to T: a share u_T of |y'|, or half the smallest subnormal of T.
     pub fn bound(&self, plan: &matmul::Plan, truth: &cpu::Truth) -> f64 {
         let (u, u_t) = ((-24f64).exp2(), if T::DTYPE.size() == 4 { 0.0 } else { T::DTYPE.unit_roundoff() });
-        let steps = (2 * self.k + self.max_rank() + 4) as f64;
+        let branch = match self.max_rank() {
+            0 => 0,
+            rank => 17 * 9 * (2 * self.k.div_ceil(2048) + rank.div_ceil(16)) + 6 + rank.div_ceil(32),
+        };
+        let steps = (self.k + branch + 4) as f64;
         let mut share = 2.0 * steps * u * (1.0 + u).powf(2.0 * steps);
         if plan.rounding == matmul::Rounding::Value {
             share += u_t;
         }
-        if plan.kernel.is_some_and(|kernel| ["matmul", "prefill"].contains(&kernel.module))
-            && self.adapters.is_some()
-        {
+        if plan.kernel.is_some_and(|kernel| kernel.module == "prefill") && self.adapters.is_some() {
             share += 4.0 * (-16f64).exp2();
         }
         let sum = share * truth.magnitude;
@@ -272,13 +276,7 @@ impl<T: Element, A: Element> Problem<T, A> {
         x: &Buffer<T>,
         index: Option<&Buffer<i32>>,
     ) -> Result<Buffer<f32>> {
-        let shape = lora_shrink::Shape {
-            tokens: self.tokens,
-            k: self.k,
-            max_rank: table.max_rank(),
-            dtype: T::DTYPE,
-            adapter_dtype: A::DTYPE,
-        };
+        let shape = table.shrink_shape(self.tokens, T::DTYPE);
         let plan = lora_shrink::plan(&shape, device.queue().properties())?;
         let mut v = device.alloc(plan.v_len());
         plan.run(device.queue(), x.view(), table, index.map(|index| index.view()), v.view_mut())?;

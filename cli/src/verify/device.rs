@@ -232,16 +232,9 @@ impl Kernels {
         let views: Vec<_> = factors.iter().map(Factors::view).collect();
         let mut entries = device.alloc(AdapterTable::<A>::bytes(views.len()));
         let table = AdapterTable::upload(self.queue(), &views, k, n, entries.view_mut())?;
-        let mut v = device.alloc::<f32>(shape.tokens * table.v_columns());
+        let shrink = lora_shrink::plan(&table.shrink_shape(shape.tokens, T::DTYPE), self.properties())?;
+        let mut v = device.alloc::<f32>(shrink.v_len());
         if !table.is_empty() {
-            let shape = lora_shrink::Shape {
-                tokens: shape.tokens,
-                k,
-                max_rank: table.max_rank(),
-                dtype: T::DTYPE,
-                adapter_dtype: A::DTYPE,
-            };
-            let shrink = lora_shrink::plan(&shape, self.properties())?;
             shrink.run(self.queue(), x.view(), &table, index(), v.view_mut())?;
         }
         let low_rank = matmul_low_rank(&table, index(), &v);
