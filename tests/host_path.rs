@@ -133,13 +133,15 @@ fn every_call_is_within_its_budget() {
             ("dense", WeightFormat::Dense, Weight::Dense(memory.read::<bf16>(N * K))),
         ] {
             let shape = matmul::Shape { tokens, n: N, k: K, dtype: DType::BF16, weight: format };
-            let splits = matmul::plan(&shape, &queue.properties).unwrap().splits;
-            time(&queue, &format!("{name} matmul of {tokens} tokens"), 1 + usize::from(splits > 1), || {
+            let plan = matmul::plan(&shape, &queue.properties).unwrap();
+            let launches = 1 + usize::from(plan.finish.is_some());
+            time(&queue, &format!("{name} matmul of {tokens} tokens"), launches, || {
                 let plan = matmul::plan(&shape, &queue.properties).unwrap();
                 let extras = Extras {
                     bias: Some(memory.read(N)),
                     row_scale: Some(memory.read(N)),
                     low_rank: Some(LowRank { adapters: &table, index, v: memory.read(v_len(tokens)) }),
+                    overlap: false,
                 };
                 let workspace = memory.write(plan.workspace_bytes);
                 plan.run(

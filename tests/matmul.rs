@@ -355,8 +355,8 @@ fn large_tiles() {
 fn both_targets_compute_the_same() {
     fn check<T: Element>(a100: &Device, h200: &Device) {
         for (tokens, k) in
-            // From 17 tokens on, Hopper has a kernel of its own for rows of whole pieces.
-            [(1, 128), (3, 70), (8, 96), (9, 64), (14, 128), (16, 96), (24, 33), (70, 41), (133, 33)]
+            // Hopper has kernels of its own: up to 16 tokens for rows of whole slices of 64, from 17 on for rows of 16 bytes.
+            [(1, 96), (3, 70), (8, 160), (9, 32), (14, 96), (16, 96), (24, 33), (70, 41), (133, 33)]
         {
             let dense = Problem::<T>::dense(tokens, 45, k).with_adapters(&[4, 17]).with_bias_and_scale();
             let nf4 = dense.clone().in_4_bits(64, &Codebook::nf4(), Nesting::Nested);

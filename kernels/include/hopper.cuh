@@ -34,6 +34,11 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Lets the phase last until `bytes` more have been copied here; does not arrive.
+__device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // What `arrive` and `wait` of other threads refer to is there.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
@@ -45,6 +50,18 @@ template <int Barrier, int Threads>
 __device__ __forceinline__ void sync_some() {
     asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
 }
+
+// --- Copies of bytes.
+
+// Copies `bytes` bytes, a multiple of 16, between addresses that are multiples of 16; `barrier` counts them.
+__device__ __forceinline__ void copy_bytes(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// What this thread has written to shared memory comes before what is copied there after the next barrier.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- Copies of boxes of a matrix in global memory, described by the host.
 

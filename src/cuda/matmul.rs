@@ -1,11 +1,12 @@
 //! `y = row_scale ⊙ (x Wᵀ + v Bᵀ) + bias`: the product of a linear layer, with W dense or in 4 bits, the low-rank branch of
 //! every token's adapter, DoRA's scale and the bias in one go.
 //!
-//! [`plan`] chooses among four kernels and says what it chose:
+//! [`plan`] chooses among five kernels and says what it chose:
 //!
 //! | kernel | for | how |
 //! |---|---|---|
-//! | `skinny` | 4-bit W, 16-bit x, up to 16 tokens, k a multiple of 64, blocks of 64 or more | tensor cores; codes are looked up in pairs, absmax scales the sums |
+//! | `decode` | on Hopper, 4-bit W, 16-bit x, up to 16 tokens, k a multiple of 64, blocks of 64 or more | tensor cores; codes are looked up in pairs, absmax scales the sums; a block stays on its multiprocessor, where four warps fetch W for eight that multiply |
+//! | `skinny` | the same elsewhere | the same sums, with a block for each tile |
 //! | `matvec` | up to 8 tokens of all else; f32 x with any number of tokens | f32 products |
 //! | `prefill` | on Hopper, 16-bit x from 17 tokens on, rows of whole 16 bytes | products of warpgroups; codes are decoded to the registers that these read |
 //! | `matmul` | the rest: 16-bit x from 9 tokens on | tensor cores, tiles of 128 outputs |
@@ -13,6 +14,8 @@
 //! `prefill` has run in the emulator only. Its design, without what followed (`benches/results`, *prefill*), was timed on an
 //! H200 as prototypes: 0.8 to 1.05 times the speed of cuBLAS with a 16-bit weight from 256 tokens on, and faster than dequantising
 //! and cuBLAS at every shape. The tile and the number of splits follow from those times.
+//!
+//! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch.
 //!
 //! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
 //! depend on the other tokens. Where a grid would not fill the device, blocks share a sum (`Plan::splits()`); they leave
@@ -102,6 +105,14 @@ pub(super) const KERNELS: &[Kernel] = &[
     prefill("prefill_dense_bf16_t64"),
     prefill("prefill_dense_bf16_t128"),
     prefill("prefill_dense_bf16_t256"),
+    decode("decode_nf4_f16_t8"),
+    decode("decode_nf4_f16_t16"),
+    decode("decode_nf4_bf16_t8"),
+    decode("decode_nf4_bf16_t16"),
+    decode("decode_finish_f16_t8"),
+    decode("decode_finish_f16_t16"),
+    decode("decode_finish_bf16_t8"),
+    decode("decode_finish_bf16_t16"),
     matmul("matmul_finish_f32"),
     matmul("matmul_finish_f16"),
     matmul("matmul_finish_bf16"),
@@ -119,6 +130,10 @@ const fn prefill(entry: &'static str) -> Kernel {
     Kernel::new::<PrefillParams>("prefill", entry)
 }
 
+const fn decode(entry: &'static str) -> Kernel {
+    Kernel::new::<Params>("decode", entry)
+}
+
 const fn skinny(entry: &'static str) -> Kernel {
     Kernel::new::<Params>("skinny", entry)
 }
@@ -127,12 +142,16 @@ const fn skinny(entry: &'static str) -> Kernel {
 const MATVEC_STEP: usize = 1024;
 const MATMUL_STEP: usize = 64;
 const SKINNY_STEP: usize = 512;
+const DECODE_STEP: usize = 4096;
 
-/// Elements of k that `skinny` scales at a time.
+/// Elements of k that `skinny` and `decode` scale at a time.
 const SLICE: usize = 64;
 
 /// Threads of `matmul_finish`, one output each.
 const FINISH_THREADS: usize = 128;
+
+/// Threads of `decode_finish`, and the rows of W that a block of it has.
+const DECODE_FINISH: (u32, usize) = (256, 64);
 
 /// How a weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,7 +218,7 @@ pub struct Details {
     pub shape: Shape,
     /// The kernel; none where y has no elements.
     pub kernel: Option<Kernel>,
-    /// The kernel that adds the parts of split sums.
+    /// The kernel that adds the parts of split sums, and with `decode` the low-rank branch. It runs where there is either.
     pub finish: Option<Kernel>,
     /// Share of one block.
     pub tile: Tile,
@@ -238,11 +257,15 @@ pub struct Extras<'a, T, A = T> {
     pub row_scale: Option<View<'a, f32>>,
     /// The adapters and what [`lora_shrink`](super::lora_shrink) made of x.
     pub low_rank: Option<LowRank<'a, A>>,
+    /// The product may start while the work before it in the queue still runs (`decode`: programmatic dependent launch; for
+    /// the other kernels nothing changes). W and its absmax are then read early: they must not be what that work, or work
+    /// before it that also overlaps, writes. Everything else is waited for.
+    pub overlap: bool,
 }
 
 impl<T, A> Default for Extras<'_, T, A> {
     fn default() -> Self {
-        Self { bias: None, row_scale: None, low_rank: None }
+        Self { bias: None, row_scale: None, low_rank: None, overlap: false }
     }
 }
 
@@ -310,41 +333,54 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         WeightFormat::Dense => 16 / dtype.size(),
     });
     let one_absmax = matches!(weight, WeightFormat::Nf4 { blocksize: SLICE.. }) && k.is_multiple_of(SLICE);
+    let hopper = Target::for_capability(device.capability)? == Target::Compute90a;
     let choice = if dtype == DType::F32 || k == 0 {
         Choice::matvec(shape, vectors)
     } else if tokens <= 16 && one_absmax {
-        Choice::skinny(shape)
+        if hopper { Choice::decode(shape) } else { Choice::skinny(shape) }
     } else if tokens <= 8 {
         Choice::matvec(shape, vectors)
-    } else if tokens > 16 && vectors && Target::for_capability(device.capability)? == Target::Compute90a {
+    } else if tokens > 16 && vectors && hopper {
         Choice::prefill(shape, device)
     } else {
         Choice::matmul(shape, vectors, device)
     };
-    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding, persistent_splits } = choice;
+    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding, grid } = choice;
 
     let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
-    let splits = persistent_splits
-        .unwrap_or_else(|| splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm));
+    let splits = match grid {
+        Grid::Units { splits } => splits,
+        _ => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm),
+    };
     let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
     let ragged = if vectors { "" } else { "_ragged" };
     let entry = format!("{name}_{kind}_{dtype}_t{}{ragged}", tile.tokens);
     Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
-        finish: (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
+        finish: match grid {
+            Grid::Rows if tiles > 0 => {
+                Some(find(KERNELS, &format!("decode_finish_{dtype}_t{}", tile.tokens)))
+            }
+            _ => (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
+        },
         tile,
-        grid: if persistent_splits.is_some() {
-            [blocks("tokens * n", tiles * splits as u64)?.min(device.sm_count), 1, 1]
-        } else {
-            [blocks("tokens * n", tiles)?, splits as u32, 1]
+        grid: match grid {
+            Grid::Tiles => [blocks("tokens * n", tiles)?, splits as u32, 1],
+            Grid::Units { .. } => [blocks("tokens * n", tiles * splits as u64)?.min(device.sm_count), 1, 1],
+            Grid::Rows => [blocks("n", tiles)?.min(device.sm_count / splits as u32), splits as u32, 1],
         },
         threads,
         shared_bytes,
         splits,
         rounding,
         vectors,
-        workspace_bytes: if splits > 1 { splits * tokens * n * size_of::<f32>() } else { 0 },
+        // `decode` needs it for products with adapters, too.
+        workspace_bytes: if splits > 1 || grid == Grid::Rows {
+            splits * tokens * n * size_of::<f32>()
+        } else {
+            0
+        },
     }))
 }
 
@@ -357,11 +393,38 @@ struct Choice {
     /// Blocks that a multiprocessor should have to keep its memory busy.
     blocks_per_sm: u64,
     rounding: Rounding,
-    /// Blocks go from tile to tile, no more of them than the device runs at once, and share a sum among so many.
-    persistent_splits: Option<usize>,
+    grid: Grid,
+}
+
+/// How blocks find their work.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Grid {
+    /// One for every tile and split.
+    Tiles,
+    /// No more than the device runs at once. They go through all tiles and splits.
+    Units { splits: usize },
+    /// No more than the device runs at once. Those of one split go through all tiles of rows.
+    Rows,
 }
 
 impl Choice {
+    fn decode(shape: &Shape) -> Self {
+        const ROWS: usize = 16;
+        // What a stage and the rest hold is spelled out in `Layout` of decode.cu.
+        let (tokens, slices, stages) = if shape.tokens <= 8 { (8, 64, 3) } else { (16, 32, 6) };
+        let stage = ROWS * (slices * (SLICE / 2) + 32 + slices * 4 + 16);
+        let (table, sums) = (32 << 10, 8 * 4 * tokens * ROWS * 4);
+        Self {
+            name: "decode",
+            tile: Tile { tokens, rows: ROWS, step: DECODE_STEP },
+            threads: 384,
+            shared_bytes: (table + stages * (stage + 16) + 2 * sums) as u32,
+            blocks_per_sm: 1,
+            rounding: Rounding::Value,
+            grid: Grid::Rows,
+        }
+    }
+
     fn skinny(shape: &Shape) -> Self {
         let tokens = if shape.tokens <= 8 { 8 } else { 16 };
         Self {
@@ -372,7 +435,7 @@ impl Choice {
             shared_bytes: 80 << 10,
             blocks_per_sm: 1,
             rounding: Rounding::Value,
-            persistent_splits: None,
+            grid: Grid::Tiles,
         }
     }
 
@@ -389,7 +452,7 @@ impl Choice {
             shared_bytes: 0,
             blocks_per_sm: 1,
             rounding: Rounding::Exact,
-            persistent_splits: None,
+            grid: Grid::Tiles,
         }
     }
 
@@ -419,7 +482,7 @@ impl Choice {
             shared_bytes: pipeline.max(staging) as u32,
             blocks_per_sm: if tokens <= 32 { 2 } else { 1 },
             rounding: if shape.weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
-            persistent_splits: None,
+            grid: Grid::Tiles,
         }
     }
 
@@ -451,7 +514,7 @@ impl Choice {
             shared_bytes: (cost.stages * (stage + 16) + table + 8 * 1024 + tokens * 4) as u32,
             blocks_per_sm: 1,
             rounding: if codes { Rounding::Half } else { Rounding::Exact },
-            persistent_splits: Some(splits),
+            grid: Grid::Units { splits },
         }
     }
 }
@@ -521,6 +584,8 @@ impl Plan {
         x.check("x", tokens * k, 16, device)?;
         y.check("y", tokens * n, 16, device)?;
         workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
+        let decode = self.kernel.is_some_and(|kernel| kernel.module == "decode");
+        let in_parts = self.splits > 1 || decode && extras.low_rank.is_some();
         let params = Params {
             x: x.address(),
             weight: self.weight(weight, device)?,
@@ -532,7 +597,7 @@ impl Plan {
                 y: y.address(),
                 bias: optional("bias", &extras.bias, n, device)?,
                 row_scale: optional("row_scale", &extras.row_scale, n, device)?,
-                partial: if self.splits > 1 { workspace.address() } else { 0 },
+                partial: if in_parts { workspace.address() } else { 0 },
             },
             tokens: tokens as u32,
             n: n as u32,
@@ -552,19 +617,25 @@ impl Plan {
             } else {
                 bytemuck::bytes_of(&params)
             },
-            overlap: false,
+            overlap: decode && extras.overlap,
         };
         // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when
         // their table was made; they are borrowed, so they live until the caller lets go of them.
         unsafe { queue.launch(&launch)? };
-        let Some(kernel) = self.finish else { return Ok(()) };
+        let Some(kernel) = self.finish.filter(|_| in_parts) else { return Ok(()) };
+        let (threads, tiles) = if decode {
+            (DECODE_FINISH.0, n.div_ceil(DECODE_FINISH.1))
+        } else {
+            (FINISH_THREADS as u32, (tokens * n).div_ceil(FINISH_THREADS))
+        };
         let finish = Launch {
             kernel,
-            grid: [blocks("tokens * n", (tokens * n).div_ceil(FINISH_THREADS) as u64)?, 1, 1],
-            block: [FINISH_THREADS as u32, 1, 1],
+            grid: [blocks("tokens * n", tiles as u64)?, 1, 1],
+            block: [threads, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
-            overlap: false,
+            // `decode_finish` waits before it reads anything.
+            overlap: decode,
         };
         // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
         unsafe { queue.launch(&finish) }

@@ -260,6 +260,8 @@ impl<T: Element, A: Element> Problem<T, A> {
                 index: index.as_ref().map(|index| index.view()),
                 v: v.view(),
             }),
+            // The emulator then refuses what is read too early.
+            overlap: true,
         };
         let mut y = device.alloc(self.tokens * self.n);
         let mut workspace = device.alloc(plan.workspace_bytes);

@@ -244,6 +244,7 @@ impl Kernels {
             bias: bias.as_ref().map(Buffer::view),
             row_scale: row_scale.as_ref().map(Buffer::view),
             low_rank: (!table.is_empty()).then_some(low_rank),
+            overlap: false,
         };
         let mut workspace = device.alloc::<u8>(plan.workspace_bytes);
         let mut y = device.alloc::<T>(shape.tokens * n);

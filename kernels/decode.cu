@@ -1,0 +1,389 @@
+// y = row_scale * (x w^T + v b^T) + bias for 4-bit w and at most 16 tokens of 16 bits, on Hopper: what decoding a token waits
+// for. The bytes of w bound it.
+//
+// A block stays on its multiprocessor and goes from tile to tile of 16 rows of w. Four warps bring w to shared memory, some
+// stages ahead: a stage is the codes and the absmax of 16 rows by a piece of k, 32 slices of 64 elements or twice that. Eight
+// warps multiply, four slices of each 32, with x in registers as long as the piece stays the same: four tiles take turns with
+// each. A byte of codes becomes two elements, rounded to x's type, by one load from a table of 256 pairs that
+// lies in shared memory once per bank; tensor cores multiply them, and absmax, in f32, scales the sums of each slice (blocks
+// are 64 or longer, and rows are multiples of 64, so one absmax covers it). The warps' sums are added in their order: the
+// order of a sum depends on k and the number of splits alone, so a token's result does not depend on the tokens beside it.
+//
+// Blocks that share a sum over k, and products with adapters, leave their sums to `decode_finish`, which adds the splits in
+// their order and the low-rank branch.
+//
+// `skinny` serves devices that are not Hopper; for them the first kernel exists without a body, and no plan names it.
+
+#include "hopper.cuh"
+#include "product.cuh"
+#include "tile.cuh"
+
+constexpr uint32_t kConsumers = 8, kProducers = 4, kConsumerThreads = kConsumers * 32, kThreads = (kConsumers + kProducers) * 32;
+constexpr uint32_t kRows = 16, kTiles = 4;  // rows of a tile; tiles that take turns with a piece
+constexpr uint32_t kSliceBytes = kSlice / 2, kHalf = 32, kHalfBytes = kHalf * kSliceBytes;  // slices that the warps share evenly
+
+static_assert(kConsumerThreads == 256, "a thread for every byte of the table");
+static_assert(kHalfBytes % 128 == 0, "so that padding by 32 bytes keeps rows in different banks");
+
+// Where things are in shared memory. Rows of codes and of absmax are padded so that the eight rows that a warp reads together
+// lie in different banks.
+template <int Groups, int Slices>
+struct Layout {
+    static constexpr uint32_t kTokens = 8 * Groups, kStages = Slices == 8 ? 3 : 6;
+    static constexpr uint32_t kHalves = Slices / 4, kPieceSlices = kHalves * kHalf, kPiece = kPieceSlices * kSlice, kPieceBytes = kPiece / 2;
+    static constexpr uint32_t kCodeRow = kPieceBytes + 32, kScaleRow = kPieceSlices * 4 + 16;
+    static constexpr uint32_t kScales = kRows * kCodeRow, kStage = kScales + kRows * kScaleRow;
+    static constexpr uint32_t kTable = 256 * 128;
+    static constexpr uint32_t kWarpSums = kTiles * kTokens * kRows * 4, kSums = kConsumers * kWarpSums;
+    static constexpr uint32_t kBytes = kTable + kStages * kStage + 2 * kSums + 2 * kStages * 8;
+    uint32_t table, stages, sums, full, empty;  // addresses; the table comes first
+
+    __device__ __forceinline__ explicit Layout(uint32_t base) {
+        table = base;
+        stages = table + kTable;
+        sums = stages + kStages * kStage;
+        full = sums + 2 * kSums;
+        empty = full + kStages * 8;
+    }
+
+    // The place of a warp's sum: two tokens share 32 banks, and pairs are turned against each other, so that lanes that hold
+    // neighbouring pairs write to different ones.
+    static __device__ __forceinline__ uint32_t place(uint32_t tile, uint32_t token, uint32_t row) {
+        const uint32_t pair = token / 2;
+        return ((tile * kTokens / 2 + pair) * 32 + (token % 2 * 16 + row + 8 * pair) % 32) * 4;
+    }
+};
+
+// The way of a block: `kTiles` tiles of rows at a time, and for those one piece of k after the other.
+template <typename L>
+struct Way {
+    uint32_t tiles, pieces, first_piece;  // of the block
+
+    __device__ __forceinline__ explicit Way(const Params& p) {
+        const uint32_t all = (p.n - 1) / kRows + 1;
+        tiles = blockIdx.x < all ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;
+        // Splits are the same for pieces of either length.
+        const Range range((p.k + 2 * kHalf * kSlice - 1) / (2 * kHalf * kSlice), blockIdx.y, p.splits);
+        first_piece = range.begin * (2 / L::kHalves);
+        pieces = min(range.end * (2 / L::kHalves), (p.k + L::kPiece - 1) / L::kPiece) - first_piece;
+    }
+
+    __device__ __forceinline__ uint32_t first_row(uint32_t tile) const { return (blockIdx.x + tile * gridDim.x) * kRows; }
+
+    // Calls visit(tiles before the group, tiles of the group, piece, place in the group), in order.
+    template <typename Visit>
+    __device__ __forceinline__ void walk(Visit visit) const {
+#pragma unroll 1
+        for (uint32_t group = 0; group < tiles; group += kTiles) {
+            const uint32_t count = min(kTiles, tiles - group);
+#pragma unroll 1
+            for (uint32_t piece = first_piece; piece < first_piece + pieces; ++piece) {
+#pragma unroll 1
+                for (uint32_t j = 0; j < count; ++j) visit(group + j, piece);
+            }
+        }
+    }
+};
+
+// A place in the ring of stages; `parity` is that of the phase in which it is filled.
+template <typename L>
+struct Stage {
+    uint32_t index = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++index == L::kStages) index = 0, parity ^= 1;
+    }
+};
+
+// What one of the four warps does that fill the stages: four rows each. Rows past the end repeat the last one, and absmax is
+// zero past the end of k.
+template <typename L>
+__device__ __forceinline__ void produce(const Params& p, const L& layout, const Way<L>& way, uint32_t warp, uint32_t lane) {
+    constexpr uint32_t kPieceSlices = L::kPieceSlices, kPieceBytes = L::kPieceBytes, kHalves = L::kHalves;
+    constexpr uint32_t kOwn = kRows / kProducers, kPerLane = kOwn * kPieceSlices / 32;
+    const uint32_t row_bytes = p.k / 2, slices = p.k / kSlice;
+    Stage<L> stage;
+    way.walk([&](uint32_t tile, uint32_t piece) {
+        const uint32_t full = layout.full + stage.index * 8, at = layout.stages + stage.index * L::kStage;
+        const uint32_t bytes = min(kPieceBytes, row_bytes - piece * kPieceBytes);
+        const auto row_of = [&](uint32_t own) { return min(way.first_row(tile) + warp * kOwn + own, p.n - 1); };
+        hopper::wait(layout.empty + stage.index * 8, stage.parity ^ 1);
+
+        // Lane l has slices l, l + 32 ... of the rows, in turn.
+        uint64_t block[kPerLane];
+#pragma unroll
+        for (uint32_t i = 0; i < kPerLane; ++i) {
+            const uint32_t slice = min(piece * kPieceSlices + i % kHalves * kHalf + lane, slices - 1);
+            block[i] = (uint64_t(row_of(i / kHalves)) * p.k + uint64_t(slice) * kSlice) >> p.weight.block_shift;
+        }
+        PendingAbsmax<kPerLane> pending;
+        pending.request(p.weight.absmax, block);
+
+        if (lane == 0) hopper::expect(full, kOwn * bytes);
+        __syncwarp();
+        if (lane < kOwn) {
+            const uint8_t* from = static_cast<const uint8_t*>(p.weight.data) + uint64_t(row_of(lane)) * row_bytes + piece * kPieceBytes;
+            hopper::copy_bytes(at + (warp * kOwn + lane) * L::kCodeRow, from, bytes, full);
+        }
+        // What is multiplied beyond the end of k: any codes will do, as x is zero there.
+        const uint32_t end = (bytes + kHalfBytes - 1) / kHalfBytes * kHalfBytes;
+        if (bytes < end) {
+            for (uint32_t i = lane; i < kOwn * (end - bytes) / 16; i += 32) {
+                const uint32_t own = i % kOwn, chunk = i / kOwn;
+                ptx::store_shared16(at + (warp * kOwn + own) * L::kCodeRow + bytes + chunk * 16, make_uint4(0, 0, 0, 0));
+            }
+            hopper::fence_copies();
+        }
+        float scales[kPerLane];
+        pending.get(p.weight.absmax, scales);
+#pragma unroll
+        for (uint32_t i = 0; i < kPerLane; ++i) {
+            const uint32_t slice = i % kHalves * kHalf + lane;
+            const bool inside = piece * kPieceSlices + slice < slices;
+            ptx::store_shared4(at + L::kScales + (warp * kOwn + i / kHalves) * L::kScaleRow + slice * 4, inside ? scales[i] : 0.0f);
+        }
+        __syncwarp();
+        if (lane == 0) hopper::arrive(full);
+        stage.next();
+    });
+}
+
+// The pair of byte `i` of `codes` in the lane's column: a shift, a mask with the column put in, a load.
+__device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t column, uint32_t codes, int i) {
+    const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
+    return *reinterpret_cast<const uint32_t*>(table + ptx::and_or(shifted, 0xff << 7, column));
+}
+
+// What the eight warps do that multiply. Lane (g, t) = (lane / 4, lane % 4) has the 16 elements from 16 t on of each slice, of
+// rows g and g + 8 and of tokens g and g + 8; see tile.cuh.
+template <typename T, int Groups, int Slices>
+struct Consumer {
+    using L = Layout<Groups, Slices>;
+    const Params& p;
+    const L& layout;
+    const Way<L>& way;
+    const uint8_t* table;
+    uint32_t column, codes, scales;  // the lane's: offset in the table; addresses of its first bytes in stage 0
+    uint4 x[Slices][Groups][2];
+    float sums[kTiles][Groups][4];
+    Stage<L> stage;
+
+    __device__ __forceinline__ Consumer(const Params& p, const uint8_t* memory, const L& layout, const Way<L>& way)
+        : p(p), layout(layout), way(way), table(memory) {}
+
+    // A lane makes the pair of one byte and stores it eight times four columns wide, each time at another place than the seven
+    // lanes that shared memory serves together with it.
+    __device__ __forceinline__ void build_table() const {
+        const uint32_t thread = threadIdx.x;
+        const WarpDecoder values(p.weight.codebook);
+        // The element at the lower address sits in the high nibble and becomes the low half of the pair.
+        const float first = __shfl_sync(kAllLanes, values.mine, int(thread >> 4), 16);
+        const float second = __shfl_sync(kAllLanes, values.mine, int(thread & 15), 16);
+        const uint32_t pair = Pair<T>::pack(first, second);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) {
+            ptx::store_shared16(layout.table + thread * 128 + (thread + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
+        }
+    }
+
+    __device__ __forceinline__ void load_x(uint32_t piece) {
+        const uint32_t thread = ptx::thread_now(), lane = thread % 32, warp = thread / 32;
+#pragma unroll
+        for (int c = 0; c < Slices; ++c) {
+#pragma unroll
+            for (int m = 0; m < Groups; ++m) {
+                const uint32_t token = m * 8 + lane / 4, slice = piece * L::kPieceSlices + c / 4 * kHalf + warp * 4 + c % 4;
+                const uint32_t k = slice * kSlice + lane % 4 * 16;
+                x[c][m][0] = x[c][m][1] = make_uint4(0, 0, 0, 0);
+                if (token < p.tokens && k < p.k) {
+                    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + size_t(token) * p.k + k);
+                    x[c][m][0] = from[0], x[c][m][1] = from[1];
+                }
+            }
+        }
+    }
+
+    // The products of the warp's part of a stage, of which `halves` are there.
+    __device__ __forceinline__ void multiply(float (&sum)[Groups][4], uint32_t halves) {
+        const uint32_t stage_codes = codes + stage.index * L::kStage, stage_scales = scales + stage.index * L::kStage;
+#pragma unroll
+        for (int half = 0; half < L::kHalves; ++half) {
+            if (half >= halves) break;
+            float scale[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint4 v = ptx::load_shared16(stage_scales + i * 8 * L::kScaleRow + half * kHalf * 4);
+                scale[i][0] = __uint_as_float(v.x), scale[i][1] = __uint_as_float(v.y);
+                scale[i][2] = __uint_as_float(v.z), scale[i][3] = __uint_as_float(v.w);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const uint32_t at = stage_codes + half * kHalfBytes + c * kSliceBytes;
+                const uint2 w[2] = {ptx::load_shared8(at), ptx::load_shared8(at + 8 * L::kCodeRow)};
+                const uint4(&inputs)[Groups][2] = x[half * 4 + c];
+                float slice[Groups][4] = {};
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t a[2][4];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const uint32_t word = j == 0 ? w[i].x : w[i].y;
+                        a[0][i] = look_up(table, column, word, 0), a[0][2 + i] = look_up(table, column, word, 1);
+                        a[1][i] = look_up(table, column, word, 2), a[1][2 + i] = look_up(table, column, word, 3);
+                    }
+#pragma unroll
+                    for (int m = 0; m < Groups; ++m) {
+                        mma(T{}, slice[m], a[0], inputs[m][j].x, inputs[m][j].y);
+                        mma(T{}, slice[m], a[1], inputs[m][j].z, inputs[m][j].w);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[m][e] = fmaf(scale[e / 2][c], slice[m][e], sum[m][e]);
+                }
+            }
+        }
+    }
+
+    // Adds the eight warps' sums of `count` tiles, and stores them.
+    __device__ __forceinline__ void finish(uint32_t group, uint32_t count, uint32_t parity) {
+        const uint32_t thread = ptx::thread_now(), lane = thread % 32, warp = thread / 32;
+        const uint32_t base = layout.sums + parity * L::kSums;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const uint32_t token = m * 8 + lane % 4 * 2 + e % 2, row = e / 2 * 8 + lane / 4;
+                    ptx::store_shared4(base + warp * L::kWarpSums + L::place(j, token, row), sums[j][m][e]);
+                    sums[j][m][e] = 0.0f;
+                }
+            }
+        }
+        // Once for two groups is enough: whoever comes here again has read what was left here last time.
+        hopper::sync_some<1, kConsumerThreads>();
+        for (uint32_t i = thread; i < count * L::kTokens * kRows; i += kConsumerThreads) {
+            const uint32_t j = i / (L::kTokens * kRows), token = i / kRows % L::kTokens, row = i % kRows;
+            const uint32_t n = way.first_row(group + j) + row;
+            if (token >= p.tokens || n >= p.n) continue;
+            const uint32_t at = base + L::place(j, token, row);
+            float sum = ptx::load_shared4(at);
+#pragma unroll
+            for (uint32_t w = 1; w < kConsumers; ++w) sum += ptx::load_shared4(at + w * L::kWarpSums);
+            Column<T>(p.output, p.n, n).store(token, sum, blockIdx.y, p.tokens);
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void run() {
+        build_table();
+        // Codes and absmax are nobody's output; x may be the output of the launch before.
+        ptx::wait_for_launch_before();
+        ptx::let_next_launch_start();
+        load_x(way.first_piece);
+        hopper::sync_some<1, kConsumerThreads>();
+        const uint32_t thread = ptx::thread_now(), lane = thread % 32, warp = thread / 32;
+        column = lane * 4;
+        codes = layout.stages + lane / 4 * L::kCodeRow + warp * (4 * kSliceBytes) + lane % 4 * 8;
+        scales = layout.stages + L::kScales + lane / 4 * L::kScaleRow + warp * (4 * 4);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[j][m][e] = 0.0f;
+            }
+        }
+        uint32_t loaded = way.first_piece;
+#pragma unroll 1
+        for (uint32_t group = 0; group < way.tiles; group += kTiles) {
+            const uint32_t count = min(kTiles, way.tiles - group);
+#pragma unroll 1
+            for (uint32_t piece = way.first_piece; piece < way.first_piece + way.pieces; ++piece) {
+                if (piece != loaded) load_x(loaded = piece);
+                const uint32_t halves = (p.k - piece * L::kPiece + kHalf * kSlice - 1) / (kHalf * kSlice);
+#pragma unroll
+                for (int j = 0; j < kTiles; ++j) {
+                    if (j >= count) break;
+                    hopper::wait(layout.full + stage.index * 8, stage.parity);
+                    multiply(sums[j], halves);
+                    __syncwarp();
+                    if (ptx::thread_now() % 32 == 0) hopper::arrive(layout.empty + stage.index * 8);
+                    stage.next();
+                }
+            }
+            finish(group, count, group / kTiles % 2);
+        }
+    }
+};
+
+template <typename T, int Groups, int Slices>
+__device__ __forceinline__ void decode(const Params& p) {
+    using L = Layout<Groups, Slices>;
+    extern __shared__ __align__(128) uint8_t memory[];
+    const L layout(ptx::shared_address(memory));
+    const Way<L> way(p);
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (uint32_t i = 0; i < L::kStages; ++i) {
+            hopper::init_barrier(layout.full + i * 8, kProducers);
+            hopper::init_barrier(layout.empty + i * 8, kConsumers);
+        }
+        hopper::fence_barrier_init();
+    }
+    __syncthreads();
+    // The consumers get the registers that the producers can do without: 224 and 56 of the 168 that each has at first.
+    if (warp < kConsumers) {
+        hopper::take_registers<224>();
+        Consumer<T, Groups, Slices>(p, memory, layout, way).run();
+    } else {
+        hopper::give_registers<56>();
+        produce(p, layout, way, warp - kConsumers, lane);
+    }
+}
+
+// The end of products whose sums were left in `partial`: adds the splits in their order, then the low-rank branch.
+constexpr uint32_t kFinishThreads = 256, kFinishRows = 64;
+template <typename T, int Tokens>
+__device__ __forceinline__ void decode_finish(const Params& p) {
+    __shared__ float delta[Tokens][kFinishRows];
+    const uint32_t first_row = blockIdx.x * kFinishRows, row = first_row + threadIdx.x % kFinishRows;
+    ptx::wait_for_launch_before();
+    ptx::let_next_launch_start();
+    const bool has_branch = p.branch.adapters.entries != nullptr;
+    if (has_branch) low_rank<T>(p.branch, 0, p.tokens, first_row, p.n, delta);
+    __syncthreads();
+    if (row >= p.n) return;
+    const Column<T> column(p.output, p.n, row);
+    for (uint32_t token = threadIdx.x / kFinishRows; token < p.tokens; token += kFinishThreads / kFinishRows) {
+        const float* partial = p.output.partial + uint64_t(token) * p.n + row;
+        float sum = partial[0];
+        for (uint32_t split = 1; split < p.splits; ++split) sum += partial[uint64_t(split) * p.tokens * p.n];
+        column.store(token, has_branch ? sum + delta[token][row - first_row] : sum);
+    }
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define BODY(...) __VA_ARGS__(p)
+#else
+#define BODY(...)
+#endif
+#define ENTRY(T, TOKENS, SLICES)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_nf4_##T##_t##TOKENS(const __grid_constant__ Params p) { \
+        BODY(decode<T, TOKENS / 8, SLICES>);                                                                                 \
+    }
+#define FINISH(T, TOKENS)                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(kFinishThreads, 1) decode_finish_##T##_t##TOKENS(const __grid_constant__ Params p) { \
+        decode_finish<T, TOKENS>(p);                                                                                                    \
+    }
+#define KERNELS(T) \
+    ENTRY(T, 8, 8)  \
+    ENTRY(T, 16, 4) \
+    FINISH(T, 8)    \
+    FINISH(T, 16)
+
+KERNELS(f16)
+KERNELS(bf16)
