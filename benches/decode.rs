@@ -6,7 +6,7 @@
 //! one before. `share` is of the bandwidth that a copy reaches in the same run, counting what has to be read and written once.
 //!
 //! `cargo bench --bench decode` runs all of it; `-- --model 8B --op qkv --tokens 1,16 --weight nf4 --adapters none` what fits,
-//! `--quick` all of the first model and a part of the others.
+//! `--quick` all of the first model and a part of the others, `--no-overlap` without launches that begin before the one before has ended.
 //! Without a GPU, and without `--bench` (as in `cargo test --benches`), the same code runs on a model of toy size, in the
 //! emulator, and measures nothing. With LORA_KERNELS_RESULTS rows are written to `decode.json` in that folder too.
 
@@ -155,6 +155,8 @@ struct Config {
     replays: usize,
     /// Models but the first with 1 and 16 tokens only.
     quick: bool,
+    /// Whether launches begin before the one before has ended, as no launch writes weights.
+    overlap: bool,
     /// `--model` and so on, with what was given for them.
     filters: Vec<(String, String)>,
 }
@@ -170,6 +172,7 @@ impl Config {
         let asked = arguments.iter().any(|argument| argument == "--bench");
         let test = arguments.iter().any(|argument| argument == "--test");
         let quick = arguments.iter().any(|argument| argument == "--quick");
+        let overlap = !arguments.iter().any(|argument| argument == "--no-overlap");
         let measured = if asked && !test { Device::cuda().ok() } else { None };
         match measured {
             Some(device) if std::env::var("LORA_KERNELS_DEVICE").as_deref() != Ok("emulator") => Self {
@@ -182,6 +185,7 @@ impl Config {
                 rotate: 300 << 20,
                 replays: 11,
                 quick,
+                overlap,
                 filters,
             },
             _ => Self {
@@ -194,6 +198,7 @@ impl Config {
                 rotate: 0,
                 replays: 1,
                 quick,
+                overlap,
                 filters: Vec::new(),
             },
         }
@@ -395,8 +400,9 @@ impl Scratch {
     }
 
     /// Enqueues one call, whose number says what it reads.
-    fn enqueue(&self, device: &Device, number: usize, call: &Call<'_>) {
-        let (queue, Product { size: [n, k], tokens, plan, shrink, expand }) = (device.queue(), call.product);
+    fn enqueue(&self, config: &Config, number: usize, call: &Call<'_>) {
+        let (queue, Product { size: [n, k], tokens, plan, shrink, expand }) =
+            (config.device.queue(), call.product);
         let (x, mut y) =
             (self.activations[number % 2].borrow(), self.activations[1 - number % 2].borrow_mut());
         let x: View<'_, bf16> = x.slice(..tokens * k);
@@ -412,7 +418,7 @@ impl Scratch {
         let out = y.slice_mut(..tokens * n);
         match (plan, &call.weight, low_rank) {
             (Some(plan), Some(weight), low_rank) => {
-                let extras = Extras::<bf16> { low_rank, ..Extras::default() };
+                let extras = Extras::<bf16> { low_rank, overlap: config.overlap, ..Extras::default() };
                 let mut workspace = self.workspace.borrow_mut();
                 plan.run(queue, x, weight, &extras, out, workspace.view_mut()).unwrap();
             }
@@ -491,7 +497,7 @@ impl Bench<'_> {
             .collect();
         let scratch = Scratch::new(device, &products, tokens, adapters);
         let graph = device.capture(|| {
-            calls.iter().enumerate().for_each(|(number, call)| scratch.enqueue(device, number, call));
+            calls.iter().enumerate().for_each(|(number, call)| scratch.enqueue(self.config, number, call));
         });
         let us = time(device, &graph, *replays) / rounds as f64;
         let gb_s = bytes as f64 / us / 1e3;
@@ -508,7 +514,7 @@ impl Bench<'_> {
         self.rows.push(json!({
             "op": op, "model": model, "n": n, "k": k, "m": tokens, "weight": storage.name(),
             "adapters": adapters.name(), "us": us, "bytes": bytes, "gb_s": gb_s,
-            "share_of_copy": gb_s / self.copy_gb_s, "kernels": kernels,
+            "share_of_copy": gb_s / self.copy_gb_s, "kernels": kernels, "overlap": self.config.overlap,
         }));
     }
 

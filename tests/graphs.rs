@@ -182,7 +182,7 @@ fn products() {
                         .unwrap();
                     let v = v.borrow();
                     let low_rank = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
-                    let extras = Extras { low_rank: Some(low_rank), ..Extras::default() };
+                    let extras = Extras { low_rank: Some(low_rank), overlap: true, ..Extras::default() };
                     let workspace = &mut *workspace.borrow_mut();
                     plan.run(queue, x.view(), &weight, &extras, y.view_mut(), workspace.view_mut()).unwrap();
                 });

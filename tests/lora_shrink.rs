@@ -74,9 +74,19 @@ const RANKS: [usize; 9] = [8, 0, 1, 3, 16, 17, 64, 256, 5];
 fn any_shape_and_any_mix_of_ranks() {
     fn all<T: Element, A: Element>(device: &Device) {
         let mut parts = Vec::new();
-        for (tokens, k) in
-            [(1, 256), (2, 1), (3, 33), (17, 96), (31, 100), (4, 2049), (65, 64), (133, 8), (300, 40), (40, 72), (5, 2104)]
-        {
+        for (tokens, k) in [
+            (1, 256),
+            (2, 1),
+            (3, 33),
+            (17, 96),
+            (31, 100),
+            (4, 2049),
+            (65, 64),
+            (133, 8),
+            (300, 40),
+            (40, 72),
+            (5, 2104),
+        ] {
             let problem = Problem::<T, A>::dense(tokens, 1, k).with_adapters(&RANKS);
             let (plan, v) = shrink(device, &problem, false);
             check(&problem, &plan, &v);
@@ -142,7 +152,8 @@ fn wrong_numbers_make_nan() {
 #[test]
 fn nothing_to_do() {
     for (tokens, k, rank) in [(0, 64, 4), (3, 64, 0), (0, 0, 0)] {
-        let (plan, v) = shrink(&Device::best(), &Problem::<f16>::dense(tokens, 1, k).with_adapters(&[rank]), false);
+        let (plan, v) =
+            shrink(&Device::best(), &Problem::<f16>::dense(tokens, 1, k).with_adapters(&[rank]), false);
         assert!(plan.kernel.is_none() && v.is_empty());
     }
     let (_, v) = shrink(&Device::best(), &Problem::<f16>::dense(3, 1, 0).with_adapters(&[4, 2]), true);
