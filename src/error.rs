@@ -67,6 +67,17 @@ impl Error {
         Self::Argument { argument: argument.into(), wanted: wanted.into(), got: got.to_string() }
     }
 
+    /// The same, of a part of `whole`: the argument `packed` becomes `weight.packed`. So that names are put together only when
+    /// something is wrong: calls check a dozen of them per launch.
+    pub(crate) fn within(self, whole: impl std::fmt::Display) -> Self {
+        match self {
+            Self::Argument { argument, wanted, got } => {
+                Self::Argument { argument: format!("{whole}.{argument}"), wanted, got }
+            }
+            other => other,
+        }
+    }
+
     /// An [`Error::Format`].
     pub fn format(place: impl Into<String>, wanted: impl Into<String>, got: impl ToString) -> Self {
         Self::Format { place: place.into(), wanted: wanted.into(), got: got.to_string() }

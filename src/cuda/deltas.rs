@@ -60,14 +60,17 @@ impl Deltas {
         }
         let mut deltas = Self { dtype: code(A::DTYPE), ..Self::zeroed() };
         for (i, adapter) in adapters.iter().enumerate() {
-            let rank = dimension(&format!("adapters[{i}].rank"), adapter.rank)?;
-            if !adapter.scaling.is_finite() {
-                let argument = format!("adapters[{i}].scaling");
-                return Err(Error::argument(argument, "a finite number", adapter.scaling));
-            }
-            let align = size_of::<A>() as u64;
-            adapter.lora_a.check(&format!("adapters[{i}].lora_a"), adapter.rank * k, align, device)?;
-            adapter.lora_b.check(&format!("adapters[{i}].lora_b"), n * adapter.rank, align, device)?;
+            let check = || {
+                let rank = dimension("rank", adapter.rank)?;
+                if !adapter.scaling.is_finite() {
+                    return Err(Error::argument("scaling", "a finite number", adapter.scaling));
+                }
+                let align = size_of::<A>() as u64;
+                adapter.lora_a.check("lora_a", adapter.rank * k, align, device)?;
+                adapter.lora_b.check("lora_b", n * adapter.rank, align, device)?;
+                Ok(rank)
+            };
+            let rank = check().map_err(|e: Error| e.within(format_args!("adapters[{i}]")))?;
             if rank == 0 {
                 continue; // adds nothing
             }

@@ -125,9 +125,12 @@ impl Output {
 impl Nf4View<'_> {
     /// Checks that this holds `numel` elements in the memory of `device`.
     pub(super) fn check(&self, argument: &str, numel: usize, device: &Properties) -> Result<()> {
-        check_blocksize(&format!("{argument}.blocksize"), self.blocksize)?;
-        check_packed(&format!("{argument}.packed"), &self.packed, numel, device)?;
-        self.absmax.check(&format!("{argument}.absmax"), block_count(numel, self.blocksize), device)
+        let check = || {
+            check_blocksize("blocksize", self.blocksize)?;
+            check_packed("packed", &self.packed, numel, device)?;
+            self.absmax.check(block_count(numel, self.blocksize), device)
+        };
+        check().map_err(|e| e.within(argument))
     }
 
     /// The values of the codes, as kernels take them.
@@ -143,20 +146,21 @@ impl Nf4View<'_> {
 
 impl AbsmaxView<'_> {
     /// Checks that these are the scales of `blocks` blocks, in the memory of `device`.
-    fn check(&self, argument: &str, blocks: usize, device: &Properties) -> Result<()> {
-        match self {
-            AbsmaxView::Plain(absmax) => absmax.check(argument, blocks, 4, device),
-            AbsmaxView::Nested(nested) => {
-                let field = |name| format!("{argument}.{name}");
-                if !nested.blocksize.is_power_of_two() {
-                    return Err(Error::argument(field("blocksize"), "a power of two", nested.blocksize));
-                }
-                nested.q.check(&field("q"), blocks, 1, device)?;
-                nested.absmax.check(&field("absmax"), block_count(blocks, nested.blocksize), 4, device)?;
-                nested.map.check(&field("map"), 256, 4, device)?;
-                nested.offset.check(&field("offset"), 1, 4, device)
+    fn check(&self, blocks: usize, device: &Properties) -> Result<()> {
+        let nested = match self {
+            AbsmaxView::Plain(absmax) => return absmax.check("absmax", blocks, 4, device),
+            AbsmaxView::Nested(nested) => nested,
+        };
+        let check = || {
+            if !nested.blocksize.is_power_of_two() {
+                return Err(Error::argument("blocksize", "a power of two", nested.blocksize));
             }
-        }
+            nested.q.check("q", blocks, 1, device)?;
+            nested.absmax.check("absmax", block_count(blocks, nested.blocksize), 4, device)?;
+            nested.map.check("map", 256, 4, device)?;
+            nested.offset.check("offset", 1, 4, device)
+        };
+        check().map_err(|e| e.within("absmax"))
     }
 
     /// As kernels take them.
