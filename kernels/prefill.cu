@@ -12,7 +12,6 @@
 #include "hopper.cuh"
 #include "product.cuh"
 #include "tile.cuh"
-#include "vector.cuh"
 
 // Twin: cuda::matmul::PrefillParams. x in boxes of `Tokens` by 64, codes in boxes of 128 rows by 32 bytes, a dense w in boxes of
 // 128 by 64, permuted within rows of a box.
@@ -114,29 +113,28 @@ struct Decoder {
     }
 };
 
-// The adapters of a tile of tokens in ascending order. `of(i)` is that of the tile's token i; all lanes of a warp take part.
-template <int Tokens, typename Of>
-__device__ __forceinline__ uint32_t next_adapter(const Adapters& adapters, uint32_t from, Of of) {
-    uint32_t next = adapters.count;
-#pragma unroll
-    for (uint32_t i = 0; i < Tokens; i += 32) {
-        const uint32_t adapter = of(i + threadIdx.x % 32);
-        if (adapter >= from) next = min(next, adapter);
-    }
-    return __reduce_min_sync(kAllLanes, next);
-}
-
-// Calls `act(adapter, number, slice)` for the adapters of a tile of tokens and their slices that have rows among the unit's.
-template <int Tokens, typename Of, typename Act>
-__device__ __forceinline__ void for_each_adapter(const Adapters& adapters, const Unit& unit, Of of, Act act) {
+// What a tile of outputs has of the branch: calls `add(adapter, entry, slice)` for the adapters of its tokens in ascending
+// order, and for the slices that its rows lie in, where there is a rank. `of(i)` is the adapter of the tile's token i; all
+// lanes of a warp take part.
+template <int Tokens, typename Of, typename Add>
+__device__ __forceinline__ void for_each_adapter(const Adapters& adapters, uint32_t first_row, Of of, Add add) {
+    uint32_t from = 0;
 #pragma unroll 1
-    for (uint32_t current = next_adapter<Tokens>(adapters, 0, of); current < adapters.count;
-         current = next_adapter<Tokens>(adapters, current + 1, of)) {
+    while (true) {
+        uint32_t current = adapters.count;
+#pragma unroll 1
+        for (uint32_t i = 0; i < Tokens; i += 32) {
+            const uint32_t adapter = of(i + threadIdx.x % 32);
+            if (adapter >= from) current = min(current, adapter);
+        }
+        current = __reduce_min_sync(kAllLanes, current);
+        if (current >= adapters.count) break;
 #pragma unroll 1
         for (uint32_t slice = 0; slice < adapters.slices; ++slice) {
-            const Adapter adapter = adapters.entries[size_t(current) * adapters.slices + slice];
-            if (reaches(adapter, unit.first_row, kRows)) act(adapter, current, slice);
+            const Adapter entry = adapters.entries[size_t(current) * adapters.slices + slice];
+            if (reaches(entry, first_row, kRows)) add(current, entry, slice);
         }
+        from = current + 1;
     }
 }
 
@@ -209,26 +207,23 @@ struct Producer {
             token += unit.first_token;
             return token < p.tokens ? uint32_t(adapters.of(token)) : ~0u;
         };
-        const size_t pitch = adapters.pitch * adapters.slices;
-        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t current, uint32_t slice) {
+        for_each_adapter<Tokens>(adapters, unit.first_row, of, [&](uint32_t current, const Adapter& entry, uint32_t slice) {
 #pragma unroll 1
-            for (uint32_t i = 0; i < 2 * ((adapter.rank + kSlice - 1) / kSlice); ++i) {
-                const uint32_t begin = i / 2 * kSlice, chunks = (min(adapter.rank - begin, kSlice) + 15) / 16 * 2;
+            for (uint32_t i = 0; i < 2 * ((entry.rank + kSlice - 1) / kSlice); ++i) {
+                const uint32_t begin = i / 2 * kSlice, chunks = (min(entry.rank - begin, kSlice) + 15) / 16 * 2;
                 hopper::wait(layout.empty + stage * 8, parity);
 #pragma unroll 1
                 for (uint32_t item = threadIdx.x; item < Tokens * chunks; item += kWarpgroup) {
-                    const uint32_t token = item / chunks, chunk = item % chunks, r = begin + chunk * 8;
+                    const uint32_t token = item / chunks, chunk = item % chunks;
                     uint32_t words[4] = {};
-                    if (of(token) == current && r < adapters.pitch) {
-                        const float* v = p.branch.v + (unit.first_token + token) * pitch + slice * adapters.pitch + r;
-                        const float4 low = load_v(v, p.tokens * pitch, p.branch.parts);
-                        float4 high = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                        if (r + 4 < adapters.pitch) high = load_v(v + 4, p.tokens * pitch, p.branch.parts);
-                        const Split first({low.x, low.y, low.z, low.w}), second({high.x, high.y, high.z, high.w});
+                    if (of(token) == current) {
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            words[e] = i % 2 ? first.low[e] : first.high[e];
-                            words[2 + e] = i % 2 ? second.low[e] : second.high[e];
+                        for (uint32_t half = 0; half < 2; ++half) {
+                            const uint32_t r = begin + chunk * 8 + half * 4;
+                            if (r >= entry.rank) continue;
+                            const Split v = load(unit.first_token + token, slice, r);
+                            words[2 * half] = i % 2 ? v.low[0] : v.high[0];
+                            words[2 * half + 1] = i % 2 ? v.low[1] : v.high[1];
                         }
                     }
                     const uint32_t at = layout.stages + stage * L::kStage + token * kTileRow + (chunk ^ token % 8) * 16;
@@ -239,6 +234,15 @@ struct Producer {
                 deliver();
             }
         });
+    }
+
+    // Four ranks of v, from `r` on.
+    __device__ __forceinline__ Split load(uint32_t token, uint32_t slice, uint32_t r) const {
+        const Adapters& adapters = p.branch.adapters;
+        const size_t row = size_t(adapters.slices) * adapters.pitch;
+        const float4 v = load_v(p.branch.v + token * row + slice * adapters.pitch + r, p.tokens * row, p.branch.parts);
+        const float values[4] = {v.x, v.y, v.z, v.w};
+        return Split(values);
     }
 
     // Asks L2 for the absmax of the thread's row, in lines of 128 bytes.
@@ -378,11 +382,13 @@ struct Consumer {
         hopper::sync_some<1, kConsumers>();
         const auto of = [&](uint32_t token) { return choice(token); };
         bool whole = true;
-        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t, uint32_t) { whole &= add_adapter(unit, adapter); });
+        for_each_adapter<Tokens>(adapters, unit.first_row, of, [&](uint32_t, const Adapter& entry, uint32_t) {
+            whole &= add_adapter(unit, entry);
+        });
         if (!__all_sync(kAllLanes, whole)) spoil_broken(unit);
         // Tokens whose adapter is none.
         bool wrong = false;
-        for (uint32_t i = lane; i < Tokens; i += 32) wrong = wrong || adapters.is_wrong(int32_t(of(i)));
+        for (uint32_t i = lane; i < Tokens; i += 32) wrong = wrong || adapters.is_wrong(int32_t(choice(i)));
         if (__any_sync(kAllLanes, wrong)) {
             spoil([&](uint32_t adapter, int) { return adapters.is_wrong(int32_t(adapter)); });
         }
@@ -394,24 +400,25 @@ struct Consumer {
         return adapter;
     }
 
-    // Returns whether the lane has seen nothing but numbers in b. Rows outside of the adapter's slice add zeros.
+    // Returns whether the lane has seen nothing but numbers in b.
     __device__ __forceinline__ bool add_adapter(const Unit& unit, const Adapter& adapter) {
         const bool b_is_bf16 = std::is_same<T, bf16>::value && !p.branch.b_is_f32;
-        const uint32_t row = unit.first_row + warp * 16 + lane / 4 - adapter.first_row;
+        const uint32_t row = unit.first_row + warp * 16 + lane / 4 - adapter.first_row;  // outside of the slice it is large
         bool whole = true;
 #pragma unroll 1
         for (uint32_t begin = 0; begin < adapter.rank; begin += kSlice) {
-            const uint32_t ranks = adapter.rank - begin;
-            uint32_t high[4][4], low[4][4];
-#pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) {
+            // A slice of v as bf16, and one of what that leaves.
+            const uint64_t high_v = await_stage();
+            const uint64_t low_v = await_stage();
+#pragma unroll 1
+            for (uint32_t r = begin; r < min(begin + kSlice, adapter.rank); r += 16) {
+                uint32_t high[4], low[4];
 #pragma unroll
                 for (uint32_t i = 0; i < 2; ++i) {
                     float b[4] = {};
-                    const uint32_t n = row + i * 8, r = begin + j * 16 + lane % 4 * 2;
-                    if (j * 16 < ranks && n < adapter.rows) {
-                        load_pair(adapter, n, r, b[0], b[1]);
-                        load_pair(adapter, n, r + 8, b[2], b[3]);
+                    if (row + i * 8 < adapter.rows) {
+                        load_pair(adapter, row + i * 8, r + lane % 4 * 2, b[0], b[1]);
+                        load_pair(adapter, row + i * 8, r + lane % 4 * 2 + 8, b[2], b[3]);
                     }
                     // What is not a number must not reach, times zero, tokens with other adapters.
 #pragma unroll
@@ -419,20 +426,34 @@ struct Consumer {
                         if (!isfinite(b[e])) whole = false, b[e] = 0.0f;
                     }
                     const Split split(b);
-                    high[j][i] = split.high[0], high[j][2 + i] = split.high[1];
-                    low[j][i] = split.low[0], low[j][2 + i] = split.low[1];
+                    high[i] = split.high[0], high[2 + i] = split.high[1];
+                    low[i] = split.low[0], low[2 + i] = split.low[1];
                 }
+                const uint32_t at = (r - begin) / 8;
+                hopper::fence_registers();
+                hopper::Product<bf16, Tokens>::add(sums, high, high_v + at, 1);
+                hopper::Product<bf16, Tokens>::add(sums, high, low_v + at, 1);
+                hopper::commit_products();
+                hopper::wait_products<0>();
+                if (b_is_bf16) continue;
+                hopper::fence_registers();
+                hopper::Product<bf16, Tokens>::add(sums, low, high_v + at, 1);
+                hopper::commit_products();
+                hopper::wait_products<0>();
             }
-            // The slice of v as bf16, and the one of what that leaves.
-            hopper::wait(layout.full + stage * 8, parity);
-            multiply_ranks(high, ranks);
-            if (!b_is_bf16) multiply_ranks(low, ranks);
-            next_stage();
-            hopper::wait(layout.full + stage * 8, parity);
-            multiply_ranks(high, ranks);
-            next_stage();
+            // Nothing reads the two stages any more.
+            __syncwarp();
+            if (lane < 2) hopper::arrive(layout.empty + (stage + Stages - 2 + lane) % Stages * 8);
         }
         return whole;
+    }
+
+    // Waits for the next stage, and describes its x; goes on to the one after it.
+    __device__ __forceinline__ uint64_t await_stage() {
+        hopper::wait(layout.full + stage * 8, parity);
+        const uint64_t x = hopper::describe(layout.stages + stage * L::kStage);
+        if (++stage == Stages) stage = 0, parity ^= 1;
+        return x;
     }
 
     // Outputs become NaN where the token's adapter has, in that row of b, what is not a number.
@@ -440,16 +461,16 @@ struct Consumer {
         const Adapters& adapters = p.branch.adapters;
         const uint32_t row = unit.first_row + warp * 16 + lane / 4;
         const auto of = [&](uint32_t token) { return choice(token); };
-        for_each_adapter<Tokens>(adapters, unit, of, [&](const Adapter& adapter, uint32_t current, uint32_t) {
+        for_each_adapter<Tokens>(adapters, unit.first_row, of, [&](uint32_t current, const Adapter& entry, uint32_t) {
             bool broken[2];
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
-                const uint32_t n = row + i * 8 - adapter.first_row;
+                const uint32_t n = row + i * 8 - entry.first_row;
                 bool whole = true;
 #pragma unroll 1
-                for (uint32_t r = lane % 4 * 2; r < adapter.rank && n < adapter.rows; r += 8) {
+                for (uint32_t r = lane % 4 * 2; n < entry.rows && r < entry.rank; r += 8) {
                     float first, second;
-                    load_pair(adapter, n, r, first, second);
+                    load_pair(entry, n, r, first, second);
                     whole = whole && isfinite(first) && isfinite(second);
                 }
                 // The four lanes of a row have looked at different ranks.
@@ -467,26 +488,6 @@ struct Consumer {
             load_padded(static_cast<const T*>(adapter.b) + size_t(row) * adapter.rank, r, adapter.rank, values);
         }
         first = values[0], second = values[1];
-    }
-
-    // Adds the products of the stage's v with 64 ranks of b, or as many as there are.
-    __device__ __forceinline__ void multiply_ranks(const uint32_t (&b)[4][4], uint32_t ranks) {
-        const uint64_t v = hopper::describe(layout.stages + stage * L::kStage);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-            if (j * 16 >= ranks) continue;
-            hopper::fence_registers();
-            hopper::Product<bf16, Tokens>::add(sums, b[j], v + 2 * j, 1);
-            hopper::commit_products();
-            hopper::wait_products<0>();
-        }
-    }
-
-    // The stage, which nothing reads any more, may be filled again.
-    __device__ __forceinline__ void next_stage() {
-        __syncwarp();
-        if (lane == 0) hopper::arrive(layout.empty + stage * 8);
-        if (++stage == Stages) stage = 0, parity ^= 1;
     }
 
     // Makes sums NaN: those of the lane's row i (of two) for tokens with an adapter that `which` picks.
@@ -578,10 +579,10 @@ __device__ __forceinline__ void prefill(const PrefillParams& p) {
     }
     __syncthreads();
     if (threadIdx.x < kWarpgroup) {
-        hopper::give_registers<56>();
+        hopper::give_registers<72>();
         Producer<T, Codes, Tokens, Stages>(p, layout).run();
     } else {
-        hopper::take_registers<224>();
+        hopper::take_registers<216>();
         if constexpr (Codes) {
             build_table(p.product.weight.codebook, layout.table, threadIdx.x - kWarpgroup);
             hopper::sync_some<1, kConsumers>();

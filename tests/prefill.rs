@@ -3,12 +3,12 @@
 mod products;
 
 use half::{bf16, f16};
-use lora_kernels::cuda::Properties;
-use lora_kernels::cuda::matmul::{self, Rounding, Shape, WeightFormat};
+use lora_kernels::cuda::matmul::{self, Extras, Rounding, Shape, WeightFormat};
+use lora_kernels::cuda::{AdapterTable, LowRank, Properties};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Device, Spec};
-use products::{Numbers, Outcome, Problem, Weight, same};
+use products::{Adapter, DeviceWeight, Factors, Numbers, Outcome, Problem, Weight, same};
 
 /// The GPU if it is a Hopper, else an emulated one.
 fn hopper() -> Device {
@@ -102,6 +102,57 @@ fn adapters_scale_and_bias() {
     run::<f16, f32>(&device);
     run::<bf16, bf16>(&device);
     run::<bf16, f32>(&device);
+}
+
+/// A packed module: its outputs are slices that have adapters of their own. They are the blocks on the diagonal of larger ones.
+#[test]
+fn adapters_of_slices() {
+    const SLICES: [usize; 3] = [130, 41, 129];
+    fn run<T: Element>(device: &Device) {
+        let (tokens, n, k) = (70, SLICES.iter().sum(), 64);
+        let mut problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale().with_adapters(&[1, 1]);
+        let mut numbers = Numbers::new(5);
+        let (mut whole, mut parts) = (Vec::new(), Vec::new());
+        for ranks in [[16, 0, 3], [5, 70, 20]] {
+            let (rank, scaling) = (ranks.iter().sum(), 0.125);
+            let (mut lora_a, mut lora_b) = (Vec::new(), vec![T::from_f32(0.0); n * rank]);
+            let (mut first_row, mut first_rank) = (0, 0);
+            for (rows, own) in SLICES.into_iter().zip(ranks) {
+                let (a, b) = (numbers.many::<T>(own * k), numbers.many::<T>(rows * own));
+                for (i, &b) in b.iter().enumerate() {
+                    lora_b[(first_row + i / own) * rank + first_rank + i % own] = b;
+                }
+                lora_a.extend(&a);
+                parts.push(Adapter { lora_a: a, lora_b: b, rank: own, scaling });
+                (first_row, first_rank) = (first_row + rows, first_rank + own);
+            }
+            whole.push(Adapter { lora_a, lora_b, rank, scaling });
+        }
+        problem.adapters = Some(whole);
+
+        let (x, weight) = (device.upload(&problem.x), DeviceWeight::new(device, &problem.weight));
+        let bias = device.upload(problem.bias.as_ref().unwrap());
+        let row_scale = device.upload(problem.row_scale.as_ref().unwrap());
+        let index = device.upload(problem.index.as_ref().unwrap());
+        let factors = Factors::new(device, &parts);
+        let mut entries = device.alloc(AdapterTable::<T>::bytes(parts.len()));
+        let (queue, views) = (device.queue(), factors.views());
+        let adapters = AdapterTable::upload_slices(queue, &views, k, &SLICES, entries.view_mut()).unwrap();
+        let v = problem.shrink(device, &adapters, &x, Some(&index)).unwrap();
+        let low_rank = LowRank { adapters: &adapters, index: Some(index.view()), v: v.view() };
+        let extras = Extras {
+            bias: Some(bias.view()),
+            row_scale: Some(row_scale.view()),
+            low_rank: Some(low_rank),
+            ..Extras::default()
+        };
+        let plan = problem.plan(device);
+        let (mut y, mut workspace) = (device.alloc(tokens * n), device.alloc(plan.workspace_bytes));
+        plan.run(queue, x.view(), &weight.view(), &extras, y.view_mut(), workspace.view_mut()).unwrap();
+        problem.check(&Outcome { plan, y: y.download(), counters: None });
+    }
+    let device = hopper();
+    each_type!(run(&device));
 }
 
 /// Tiles of every size, more of them than blocks: pipelines and barriers go on from one tile to the next.
