@@ -83,6 +83,7 @@ __device__ __forceinline__ void add_group(const Params& p, const Window& window,
         const Adapter adapter = adapters.entries[size_t(group.adapter) * adapters.slices + slice];
         const float* from = p.branch.v + (first + min(fill_token, 31u)) * row_pitch + slice * adapters.pitch;
         if (!reaches(adapter, first_row, kRows)) continue;
+        const uint32_t row = warp_row + 2 * g - adapter.first_row;  // the lane's first row of b
         float delta[2][4] = {};
 #pragma unroll 1
         for (uint32_t base = 0; base < adapter.rank; base += kRanks) {
@@ -91,12 +92,12 @@ __device__ __forceinline__ void add_group(const Params& p, const Window& window,
             if (fill_token < 32 && column < adapters.pitch) values = load_v(from + column, p.tokens * row_pitch, p.branch.parts);
             uint32_t raw[kAtOnce][2][2][sizeof(B)];
 #pragma unroll
-            for (uint32_t s = 0; s < kAtOnce; ++s) {
+            for (uint32_t k = 0; k < 4; ++k) {
+                const uint32_t place = row + k / 2 * 16 + k % 2;  // outside of the slice it is large
+                const bool inside = place < adapter.rows;
+                const B* b = static_cast<const B*>(adapter.b) + size_t(inside ? place : 0) * adapter.rank;
 #pragma unroll
-                for (uint32_t k = 0; k < 4; ++k) {
-                    const uint32_t row = warp_row + k / 2 * 16 + 2 * g + k % 2 - adapter.first_row;  // else it is large
-                    const bool inside = row < adapter.rows;
-                    const B* b = static_cast<const B*>(adapter.b) + size_t(inside ? row : 0) * adapter.rank;
+                for (uint32_t s = 0; s < kAtOnce; ++s) {
                     load_b(b, base + 16 * s + 4 * t, inside ? adapter.rank : 0, raw[s][k / 2][k % 2]);
                 }
             }

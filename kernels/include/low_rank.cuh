@@ -14,9 +14,10 @@ struct LowRank {
     uint32_t parts;         // 1, 2, 4 or 8
 };
 
-// Four values of v, summed over the parts as `lora_shrink` would: pairs of neighbours, then pairs of those.
+// Four values of v, summed over the parts as `lora_shrink` would: pairs of neighbours, then pairs of those. From L2: a launch
+// that overlaps the one before it may come to a multiprocessor that has read v's place before.
 __device__ __forceinline__ float4 load_v(const float* v, size_t part, uint32_t parts) {
-    const auto load = [&](uint32_t i) { return *reinterpret_cast<const float4*>(v + i * part); };
+    const auto load = [&](uint32_t i) { return __ldcg(reinterpret_cast<const float4*>(v + i * part)); };
     const auto add = [](const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); };
     if (parts == 1) return load(0);
     if (parts == 2) return add(load(0), load(1));
