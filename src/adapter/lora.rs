@@ -1,5 +1,6 @@
 use super::{check_factors, check_finite, check_shape};
-use crate::{Result, Tensor};
+use crate::tensor::Data;
+use crate::{Error, Result, Tensor};
 
 /// How LoRA's scale follows from `alpha` and the rank. A module's own alpha and rank, after `alpha_pattern` and
 /// `rank_pattern`, go in. (AdaLoRA has a rule of its own: [`super::AdaLora::scaling`].)
@@ -46,6 +47,31 @@ impl Lora {
         Ok(Self { lora_a, lora_b, lora_bias: None, scaling, fan_in_fan_out: false })
     }
 
+    /// The adapters of a stack of experts, one for each, from the factors that PEFT stores for a 3-D parameter
+    /// (`target_parameters`): `lora_a` `[experts * rank, in]` with the rows of an expert together, and `lora_b`
+    /// `[out, rank * experts]` with the experts of a rank together.
+    ///
+    /// In a [`cuda::AdapterTable`](crate::cuda::AdapterTable) of several such stacks, one behind the other, the factors of adapter
+    /// `a` for expert `e` have the number `a * experts + e`.
+    ///
+    /// # Errors
+    /// As [`Lora::new`], and when the rows of `lora_a` are not a multiple of `experts`.
+    pub fn of_experts(lora_a: &Tensor, lora_b: &Tensor, experts: usize, scaling: f64) -> Result<Vec<Self>> {
+        check_factors(lora_a, lora_b)?;
+        let (rows, k, n) = (lora_a.shape()[0], lora_a.shape()[1], lora_b.shape()[0]);
+        if experts == 0 || !rows.is_multiple_of(experts) {
+            let wanted = format!("shape [rank * {experts}, in]");
+            return Err(Error::argument("lora_a", wanted, format!("{:?}", lora_a.shape())));
+        }
+        let rank = rows / experts;
+        let expert = |e: usize| {
+            let a = pick(lora_a, (0..rank * k).map(|i| e * rank * k + i));
+            let b = pick(lora_b, (0..n * rank).map(|i| i * experts + e));
+            Self::new(Tensor::new([rank, k], a)?, Tensor::new([n, rank], b)?, scaling)
+        };
+        (0..experts).map(expert).collect()
+    }
+
     /// With the bias of `lora_b` (PEFT's `lora_bias`), `[out]`: the output gains `scaling * lora_bias`.
     ///
     /// # Errors
@@ -83,5 +109,14 @@ impl Lora {
     /// Whether the base weight is stored `[in, out]`.
     pub fn fan_in_fan_out(&self) -> bool {
         self.fan_in_fan_out
+    }
+}
+
+/// The elements at these places.
+fn pick(tensor: &Tensor, at: impl Iterator<Item = usize>) -> Data {
+    match tensor.data() {
+        Data::F32(values) => Data::F32(at.map(|i| values[i]).collect()),
+        Data::F16(values) => Data::F16(at.map(|i| values[i]).collect()),
+        Data::BF16(values) => Data::BF16(at.map(|i| values[i]).collect()),
     }
 }
