@@ -196,6 +196,26 @@ fn tokens_without_adapters_cost_nothing() {
     assert!(same(&before, &y.download()));
 }
 
+/// Few adapters make few groups of tokens, and get few blocks.
+#[test]
+fn one_adapter_takes_few_blocks() {
+    let device = Device::emulator();
+    let problem = Problem { index: None, ..Problem::<bf16>::dense(32, 256, 64).with_adapters(&[16]) };
+    let factors = Factors::new(&device, problem.adapters.as_ref().unwrap());
+    let mut entries = device.alloc(AdapterTable::<bf16>::bytes(1));
+    let table = factors.table(&device, 64, 256, &mut entries).unwrap();
+    let (queue, properties) = (device.queue(), device.queue().properties());
+    let x = device.upload(&problem.x);
+    let plan = lora_shrink::plan(&table.shrink_shape(32, DType::BF16), properties).unwrap();
+    let mut v = device.alloc(plan.v_len());
+    plan.run(queue, x.view(), &table, None, v.view_mut()).unwrap();
+    assert_eq!((plan.slots, device.counters().unwrap().blocks), (32, 5 * plan.parts as u64));
+    let plan = lora_expand::plan(&expand_shape::<bf16, bf16>(32, 256), properties).unwrap();
+    let mut y = device.upload(&[bf16::ONE; 32 * 256]);
+    plan.run(queue, &LowRank { adapters: &table, index: None, v: v.view() }, y.view_mut()).unwrap();
+    assert_eq!((plan.slots, device.counters().unwrap().blocks), (32, 5 * 2));
+}
+
 #[test]
 fn what_is_wrong_is_named() {
     let device = Device::best();

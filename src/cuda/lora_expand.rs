@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::{LowRankParams, check_adapter_dtype};
 use super::check::{blocks, dimension, find, read_only};
-use super::lora_shrink::{WINDOW, slots};
+use super::lora_shrink::{WINDOW, few_slots, slots};
 use super::{Kernel, Launch, LowRank, Properties, Queue, ViewMut};
 use crate::{DType, Element, Error, Result};
 
@@ -47,9 +47,9 @@ pub struct Details {
     pub shape: Shape,
     /// The kernel; none where y has no elements.
     pub kernel: Option<Kernel>,
-    /// Blocks.
+    /// Blocks: for 32 tokens and 128 outputs, `slots` of them.
     pub grid: [u32; 3],
-    /// Blocks that take turns with the groups of 32 tokens.
+    /// Blocks that take turns with the groups of 32 tokens. A table of few adapters, which can make few groups, gets fewer.
     pub slots: usize,
 }
 
@@ -105,6 +105,7 @@ impl Plan {
             return Err(Error::argument("adapters", adapter_dtype.name(), A::DTYPE));
         }
         y.check("y", tokens * n, dtype.size() as u64, device)?;
+        let slots = few_slots(self.slots, branch.adapters.len());
         let branch = branch.params(dtype, tokens, n, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
         let params = Params {
@@ -112,12 +113,12 @@ impl Plan {
             branch,
             tokens: tokens as u32,
             n: n as u32,
-            slots: self.slots as u32,
+            slots: slots as u32,
             padding: 0,
         };
         let launch = Launch {
             kernel,
-            grid: self.grid,
+            grid: [self.grid[0] / self.slots as u32 * slots as u32, 1, 1],
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),

@@ -44,6 +44,12 @@ pub(super) fn slots(tokens: usize) -> usize {
     if tokens <= 8 * WINDOW { tokens.min(WINDOW) } else { WINDOW / GROUP }
 }
 
+/// As many of the plan's slots as a table of `adapters` can make groups in a window: for each a last one that is not full,
+/// besides those that are.
+pub(super) fn few_slots(slots: usize, adapters: usize) -> usize {
+    slots.min(adapters.saturating_add(WINDOW / GROUP)).max(1)
+}
+
 /// What is to be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -74,9 +80,9 @@ pub struct Details {
     pub shape: Shape,
     /// The kernel; none where v has no elements.
     pub kernel: Option<Kernel>,
-    /// Blocks: for every 32 tokens and up to eight of a group; for every slice and 16 rows of lora_a; for every part.
+    /// Blocks: for 32 tokens, `slots` of them; for every slice and 16 rows of lora_a; for every part.
     pub grid: [u32; 3],
-    /// Blocks that take turns with the groups of 32 tokens.
+    /// Blocks that take turns with the groups of 32 tokens. A table of few adapters, which can make few groups, gets fewer.
     pub slots: usize,
     /// Blocks that share a sum over k: 1, 2, 4 or 8. Each leaves a part.
     pub parts: usize,
@@ -176,20 +182,22 @@ impl Plan {
         }
         x.check("x", tokens * k, 16, device)?;
         v.check("v", self.v_len(), 16, device)?;
+        let table_len = adapters.len();
         let adapters = adapters.choose(index, tokens, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
+        let slots = few_slots(self.slots, table_len);
         let params = Params {
             x: x.address(),
             v: v.address(),
             adapters,
             tokens: tokens as u32,
             k: k as u32,
-            slots: self.slots as u32,
+            slots: slots as u32,
             vectors: u32::from(self.vectors),
         };
         let launch = Launch {
             kernel,
-            grid: self.grid,
+            grid: [self.grid[0] / self.slots as u32 * slots as u32, self.grid[1], self.grid[2]],
             block: [THREADS, 1, 1],
             shared_bytes: 0,
             params: bytemuck::bytes_of(&params),
