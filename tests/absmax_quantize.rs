@@ -76,6 +76,15 @@ fn special_absmax() {
     same_as_reference(&device, &nan, 0);
 }
 
+/// The order shows where a sum lies next to the middle of two f32: neighbours first, the ones together move it upwards; each by
+/// itself is lost beside 2^53.
+#[test]
+fn the_mean_is_summed_in_its_order() {
+    let absmax = [2f32.powi(53), 2f32.powi(29), 1.0, 1.0];
+    assert_eq!(nest(&absmax).offset(), 2f32.powi(51).next_up());
+    same_as_reference(&Device::best(), &absmax, 0);
+}
+
 #[test]
 fn reference_absmax() {
     let device = Device::best();

@@ -52,3 +52,7 @@ pub use gpu::{Gpu, Launch, Spec};
 pub use module::Module;
 pub use program::{Entry, Param};
 pub use tensor_map::{Swizzle, TensorMap};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -30,6 +30,7 @@ const CASES: &[Case] = &[
     case("race_write_after_read", FaultKind::SharedRace, 1, 64, "races with a"),
     case("race_write_write", FaultKind::SharedRace, 1, 64, "races with a"),
     case("race_inside_a_warp", FaultKind::SharedRace, 1, 32, "races with a"),
+    case("race_inside_a_warp_over_data_in_use", FaultKind::SharedRace, 1, 32, "races with a read"),
     case("race_named_barriers", FaultKind::SharedRace, 1, 128, "races with a"),
     case("race_of_blocks", FaultKind::GlobalRace, 3, 32, "blocks [0, 0, 0] and [1, 0, 0] both write"),
     case("divergent_barrier", FaultKind::Divergence, 1, 64, "do not reach with them"),

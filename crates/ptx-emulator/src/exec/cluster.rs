@@ -12,6 +12,15 @@ use crate::program::{ClusterMode, Fence, File, Reg};
 /// Shared addresses of another block have its rank plus one above this bit.
 const RANK_SHIFT: u32 = 24;
 
+/// The space of an access to the cluster's memory that only meets the own block's.
+#[inline(always)]
+pub(super) fn narrow(space: Space, at: &[u64; WARP], m: u32) -> Space {
+    if space == Space::Cluster && super::access::lanes(m).all(|lane| at[lane] >> RANK_SHIFT == 0) {
+        return Space::Shared;
+    }
+    space
+}
+
 /// `barrier.cluster`
 #[derive(Debug, Default)]
 pub(super) struct ClusterBarrier {

@@ -83,6 +83,7 @@ impl Machine<'_> {
     #[inline(always)]
     fn load_from(&mut self, warp: &mut Warp, op: &MemOp, space: Space, at: &[u64; WARP], m: u32) -> Run<()> {
         let size = op.elem as usize * op.regs.len();
+        let space = super::cluster::narrow(space, at, m);
         by_size!(size, S => {
             let mut data = [[0u8; S]; WARP];
             match space {
@@ -186,6 +187,7 @@ impl Machine<'_> {
     #[inline(always)]
     fn store_to(&mut self, warp: &mut Warp, op: &MemOp, space: Space, at: &[u64; WARP], m: u32) -> Run<()> {
         let size = op.elem as usize * op.regs.len();
+        let space = super::cluster::narrow(space, at, m);
         by_size!(size, S => {
             let data = access::gather::<S>(warp, op, m);
             match space {

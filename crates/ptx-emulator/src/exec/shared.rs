@@ -72,8 +72,10 @@ pub(crate) struct Shared {
     writes: Vec<Write>,
     /// Per byte, for granules that several threads write parts of.
     split: Vec<Write>,
-    /// Per warp of the cluster and granule: time of the last read (28 bits) and which bytes (4).
+    /// Per warp of the cluster and granule: time of the last read (28 bits) and which bytes (4); and the lanes that have
+    /// read since they last met.
     reads: Vec<Vec<u32>>,
+    readers: Vec<Vec<u32>>,
     /// Per unit: asynchronous readers that were not waited for.
     leaving: Vec<u16>,
     /// Per warp of the cluster and unit: time when an asynchronous read was waited for.
@@ -91,10 +93,12 @@ impl Shared {
         if self.bytes.len() < len {
             self.bytes.resize(len, 0);
             self.writes.resize(len / 4, Write::default());
-            self.reads.iter_mut().filter(|r| !r.is_empty()).for_each(|r| r.resize(len / 4, 0));
+            let rows = self.reads.iter_mut().chain(&mut self.readers);
+            rows.filter(|r| !r.is_empty()).for_each(|r| r.resize(len / 4, 0));
         }
         if self.reads.len() < warps {
             self.reads.resize(warps, Vec::new());
+            self.readers.resize(warps, Vec::new());
         }
         self.state.clear();
         self.state.resize(self.bytes.len(), state::OUTSIDE);
@@ -195,7 +199,9 @@ impl Shared {
         let stamp = clocks.now() << 4;
         if self.reads[me.warp].len() < self.writes.len() {
             self.reads[me.warp].resize(self.writes.len(), 0);
+            self.readers[me.warp].resize(self.writes.len(), 0);
         }
+        let met = known[me.warp];
         for (granule, mask) in granules(at, n) {
             let write = self.writes[granule];
             if write.0 & SPLIT != 0 {
@@ -204,6 +210,8 @@ impl Shared {
                 return Err(self.race(granule * 4, &writer(write), "read", me));
             }
             let read = &mut self.reads[me.warp][granule];
+            let readers = &mut self.readers[me.warp][granule];
+            *readers = if *read >> 4 >= met { *readers } else { 0 } | 1 << me.lane;
             *read = if *read & !15 == stamp { *read | mask as u32 } else { stamp | mask as u32 };
         }
         Ok(())
@@ -287,12 +295,16 @@ impl Shared {
             }
         }
         for (warp, row) in self.reads.iter().enumerate().take(clocks.warps()) {
-            if warp == me.warp || row.is_empty() {
+            if row.is_empty() {
                 continue;
             }
             for (granule, mask) in granules(at, n) {
                 let read = row[granule];
-                if read as u64 & mask != 0 && read >> 4 >= known[warp] {
+                if read as u64 & mask == 0 || read >> 4 < known[warp] {
+                    continue;
+                }
+                // Which lane has read which byte is not known: in the own warp, only whole granules tell.
+                if warp != me.warp || mask == 15 && self.readers[warp][granule] & !(1 << me.lane) != 0 {
                     let other = format!("read by warp {warp} of the cluster");
                     return Err(self.race(granule * 4, &other, "write", me));
                 }

@@ -100,6 +100,18 @@ KERNEL(race_inside_a_warp) {
     y[TID] = s[31 - threadIdx.x];
 }
 
+KERNEL(race_inside_a_warp_over_data_in_use) {
+    __shared__ volatile float s0[32];
+    float* s = (float*)s0;
+    s[threadIdx.x] = (float)threadIdx.x;
+    __syncwarp();
+    float v = s[31 - threadIdx.x];
+    if (!broken) __syncwarp();
+    s[threadIdx.x] = v;
+    __syncwarp();
+    y[TID] = s[31 - threadIdx.x];
+}
+
 KERNEL(race_named_barriers) {
     // Two pairs of warps, each with a barrier of its own; broken lets one pair read what the other writes.
     __shared__ volatile float s0[128];
