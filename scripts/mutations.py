@@ -177,7 +177,35 @@ MUTATIONS = [
      "ptx::mma_bf16(delta[half], high, x.low[0], x.low[1]);", "", "matmul"),
     (INDEX, "the second split is left out", "matmul.cu",
      "for (uint32_t split = 1; split < p.splits; ++split)", "for (uint32_t split = 2; split < p.splits; ++split)", "matmul"),
+
+    # prefill
+    (WAIT, "a stage is filled before it was read", "prefill.cu",
+     "hopper::wait(layout.empty + stage * 8, parity);\n            if (threadIdx.x == 0) {", "if (threadIdx.x == 0) {", "prefill"),
+    (WAIT, "codes are read before they have come", "prefill.cu",
+     "hopper::wait(layout.full + stage * 8, parity);\n        const uint32_t at = layout.stages + stage * L::kStage, codes", "const uint32_t at = layout.stages + stage * L::kStage, codes", "prefill"),
+    (WAIT, "two slices of products under way, of which one stage is released", "prefill.cu",
+     "add(sums, w + 2 * j, x + 2 * j, add | j);\n        hopper::commit_products();\n        hopper::wait_products<1>();", "add(sums, w + 2 * j, x + 2 * j, add | j);\n        hopper::commit_products();\n        hopper::wait_products<2>();", "prefill"),
+    (WAIT, "sums are stored before the products are done", "prefill.cu",
+     "hopper::wait_products<0>();\n            if (lane == 0) hopper::arrive(release);", "if (lane == 0) hopper::arrive(release);", "prefill"),
+    (WAIT, "v is not handed over to the products", "prefill.cu",
+     "hopper::fence_async();", "", "prefill"),
+    (WAIT, "barriers are not handed over to the copies", "prefill.cu",
+     "hopper::fence_barrier_init();", "", "prefill"),
+    (WAIT, "operands are not fenced from the products", "prefill.cu",
+     "        hopper::fence_registers();\n#pragma unroll\n        for (uint32_t j = 0; j < 4; ++j) hopper::Product<T, Tokens>::add(sums, operands[j]", "#pragma unroll\n        for (uint32_t j = 0; j < 4; ++j) hopper::Product<T, Tokens>::add(sums, operands[j]", "prefill"),
+    (BARRIER, "the first lane delivers before the others have written", "prefill.cu",
+     "__syncwarp();\n        if (threadIdx.x % 32 == 0) hopper::arrive(layout.full + stage * 8);", "if (threadIdx.x % 32 == 0) hopper::arrive(layout.full + stage * 8);", "prefill"),
+    (BARRIER, "the table of pairs is used before it is there", "prefill.cu",
+     "hopper::sync_some<1, kConsumers>();\n        }\n        Consumer", "}\n        Consumer", "prefill"),
+    (WAIT, "fewer bytes are expected than come", "prefill.cu",
+     "hopper::arrive_expecting(full, L::kInputs + L::kWeights);", "hopper::arrive_expecting(full, L::kInputs);", "prefill"),
+    (LAYOUT, "codes are read as if they were not permuted", "prefill.cu",
+     "ptx::load_shared16(codes + (half ^ chunk) * 16), b = ", "ptx::load_shared16(codes + half * 16), b = ", "prefill"),
+    (BOUNDS, "outputs past the end are stored", "prefill.cu",
+     "if (token >= p.tokens || row >= p.n) continue;", "if (row >= p.n) continue;", "prefill"),
 ]
 
 # The test binary of a module whose name is another.
 TESTS = {"matvec": "matmul", "skinny": "matmul"}
+# What a module is compiled for, if not for every GPU.
+TARGETS = {"prefill": "compute_90a"}

@@ -238,7 +238,7 @@ fn load(image: &Image) -> Result<Module> {
     // Other PTX than this build's, where the folder has it: `scripts/mutate` tries broken kernels so.
     let other = env::var_os("LORA_KERNELS_EMULATED_PTX").map(|folder| Path::new(&folder).join(&name));
     let ptx = match other.filter(|path| path.exists()) {
-        Some(path) => fs::read_to_string(path).map_err(|e| device_error(image.module, e))?.into(),
+        Some(path) => fs::read_to_string(path).map_err(|e| device_error(image.module, e))?,
         None => image.ptx(),
     };
     let module = Module::parse(&name, &ptx).map_err(|e| device_error(image.module, e))?;

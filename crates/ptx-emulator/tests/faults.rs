@@ -77,6 +77,8 @@ const HOPPER: &[Case] = &[
     case("too_many_arrivals", FaultKind::Deadlock, 1, 64, "arrivals"),
     case("too_few_arrivals", FaultKind::Deadlock, 1, 64, "1 arrivals and 0 bytes"),
     case("data_behind_an_mbarrier", FaultKind::SharedRace, 1, 64, "no barrier orders"),
+    case("one_lane_tells_for_its_warp", FaultKind::SharedRace, 1, 64, "races with a write"),
+    case("one_lane_gives_back_for_its_warp", FaultKind::SharedRace, 1, 64, "races with a read"),
     case("state_of_long_ago", FaultKind::Operand, 1, 64, "state of phase 0"),
     case("loaded_without_handing_over", FaultKind::MissingFence, 1, 64, "fence.mbarrier_init"),
     case("load_not_waited", FaultKind::InFlight, 1, 64, "will arrive"),

@@ -53,7 +53,7 @@ impl Machine<'_> {
             return Err(Trouble::new(FaultKind::Operand, message));
         }
         let threads = if bar.aligned && count.is_some() { 32 } else { m.count_ones() };
-        let released = self.clocks.release(warp.id);
+        let released = self.clocks.release(warp.id, m, warp.live);
         let barrier = &mut self.barriers[warp.block][id as usize];
         if barrier.open && barrier.expected != count {
             let message = format!(

@@ -4,6 +4,8 @@
 //! before what warp `u` does now if and only if `known(u, w) > t`. Behind the warps come the agents that copy bulks, one
 //! per block: they only publish.
 
+use std::collections::HashMap;
+
 pub(crate) struct Clocks {
     now: u32,
     warps: usize,
@@ -16,6 +18,13 @@ pub(crate) struct Clocks {
     fences: Vec<Option<Released>>,
     /// By warp: the grids before this one are known to have ended.
     dependency: Vec<bool>,
+    /// By warp: times of single lanes that it knows of beyond `known`, by [`lane_code`].
+    lanes: Vec<HashMap<u32, u32>>,
+}
+
+/// A lane of a warp of the cluster.
+pub(crate) fn lane_code(warp: usize, lane: usize) -> u32 {
+    (warp << 5 | lane) as u32
 }
 
 /// What a warp knew when it released something, for whoever acquires it.
@@ -24,6 +33,7 @@ pub(crate) struct Released {
     known: Vec<u32>,
     fenced: Vec<u32>,
     dependency: bool,
+    lanes: Vec<(u32, u32)>,
 }
 
 fn join(mine: &mut [u32], theirs: &[u32]) {
@@ -42,6 +52,7 @@ impl Clocks {
             fenced: Vec::new(),
             fences: Vec::new(),
             dependency: Vec::new(),
+            lanes: Vec::new(),
         }
     }
 
@@ -69,6 +80,8 @@ impl Clocks {
         self.fences.resize(warps, None);
         self.dependency.clear();
         self.dependency.resize(warps, dependency);
+        self.lanes.iter_mut().for_each(HashMap::clear);
+        self.lanes.resize(warps, HashMap::new());
         true
     }
 
@@ -113,12 +126,36 @@ impl Clocks {
         self.of_mut(warp)[warp] = now;
     }
 
-    /// What a warp did so far, to be published.
-    pub(crate) fn release(&mut self, warp: usize) -> Released {
+    /// What the lanes `by` of a warp did so far, to be published; of the warp's `live` other lanes, only what they did before
+    /// they last met.
+    pub(crate) fn release(&mut self, warp: usize, by: u32, live: u32) -> Released {
         self.now += 1;
         let mut known = self.of(warp).to_vec();
-        known[warp] = self.now;
-        Released { known, fenced: self.fenced(warp).to_vec(), dependency: self.dependency[warp] }
+        let mut lanes: Vec<(u32, u32)> = self.lanes[warp].iter().map(|(&code, &time)| (code, time)).collect();
+        if by & live == live {
+            known[warp] = self.now;
+        } else {
+            lanes.extend(super::access::lanes(by).map(|lane| (lane_code(warp, lane), self.now)));
+        }
+        Released { known, fenced: self.fenced(warp).to_vec(), dependency: self.dependency[warp], lanes }
+    }
+
+    /// Whether a warp knows, from that lane itself, of what the lane did at a time.
+    #[cold]
+    pub(crate) fn knows_lane(&self, warp: usize, code: u32, time: u32) -> bool {
+        self.lanes[warp].get(&code).is_some_and(|&known| known > time)
+    }
+
+    /// Whether it knows so from all the lanes of a mask.
+    #[cold]
+    pub(crate) fn knows_lanes(&self, warp: usize, of: usize, lanes: u32, time: u32) -> bool {
+        super::access::lanes(lanes).all(|lane| self.knows_lane(warp, lane_code(of, lane), time))
+    }
+
+    /// Whether it knows so from any lane: enough for what the warp did as a whole.
+    #[cold]
+    pub(crate) fn knows_any_lane(&self, warp: usize, of: usize, time: u32) -> bool {
+        (0..32).any(|lane| self.knows_lane(warp, lane_code(of, lane), time))
     }
 
     /// What a warp's last fence published: all that a relaxed arrival hands on.
@@ -127,8 +164,8 @@ impl Clocks {
     }
 
     /// A memory fence: what came before it may be published by a relaxed arrival.
-    pub(crate) fn fence(&mut self, warp: usize) {
-        self.fences[warp] = Some(self.release(warp));
+    pub(crate) fn fence(&mut self, warp: usize, by: u32, live: u32) {
+        self.fences[warp] = Some(self.release(warp, by, live));
     }
 
     /// A proxy fence: asynchronous work may read what the warp knows of.
@@ -149,7 +186,7 @@ impl Clocks {
         self.now += 1;
         let mut known = vec![0; self.width];
         known[agent] = self.now;
-        (at, Released { known, fenced: Vec::new(), dependency: false })
+        (at, Released { known, ..Released::default() })
     }
 
     pub(crate) fn acquire(&mut self, warp: usize, from: &Released) {
@@ -159,6 +196,10 @@ impl Clocks {
             join(mine, &from.fenced);
         }
         self.dependency[warp] |= from.dependency;
+        for &(code, time) in &from.lanes {
+            let known = self.lanes[warp].entry(code).or_default();
+            *known = (*known).max(time);
+        }
     }
 
     /// `griddepcontrol.wait`
@@ -186,5 +227,11 @@ impl Released {
             join(&mut self.fenced, &other.fenced);
         }
         self.dependency |= other.dependency;
+        for &(code, time) in &other.lanes {
+            match self.lanes.iter_mut().find(|l| l.0 == code) {
+                Some(mine) => mine.1 = mine.1.max(time),
+                None => self.lanes.push((code, time)),
+            }
+        }
     }
 }

@@ -73,7 +73,7 @@ impl Machine<'_> {
                     return wrong(warp.cluster_owed & m, "a second arrival without a wait between");
                 }
                 if release {
-                    let released = self.clocks.release(warp.id);
+                    let released = self.clocks.release(warp.id, m, warp.live);
                     self.cluster.gathering.join(&released);
                 } else if let Some(released) = self.clocks.release_fence(warp.id) {
                     self.cluster.gathering.join(released);
@@ -274,7 +274,7 @@ impl Machine<'_> {
             return;
         }
         match fence {
-            Fence::Memory => self.clocks.fence(warp.id),
+            Fence::Memory => self.clocks.fence(warp.id, m, warp.live),
             Fence::Async => {
                 self.clocks.fence_proxy(warp.id);
                 self.hand_over_barriers(warp, true);

@@ -2,7 +2,7 @@
 
 use super::access::{addresses, check_aligned, lanes};
 use super::bulk::Work;
-use super::clocks::Released;
+use super::clocks::{Released, lane_code};
 use super::cluster::{read, write};
 use super::machine::{Flow, Machine};
 use super::shared::{Who, state};
@@ -60,7 +60,7 @@ impl Machine<'_> {
         }
         let releases = op.ordered && matches!(op.mode, MbarrierMode::Arrive { .. });
         let released = if releases {
-            Some(self.clocks.release(warp.id))
+            Some(self.clocks.release(warp.id, m, warp.live))
         } else {
             self.clocks.release_fence(warp.id).cloned()
         };
@@ -174,7 +174,8 @@ impl Machine<'_> {
         };
         let (who, time) = barrier.init;
         let same = who == (Who { warp: warp.id, lane });
-        if !same && known[who.warp] <= time && inits[who.warp] <= time {
+        let told = known[who.warp] > time || inits[who.warp] > time;
+        if !same && !told && !self.clocks.knows_lane(warp.id, lane_code(who.warp, who.lane), time) {
             let message = format!(
                 "the mbarrier is used before its initialisation by warp {} of the cluster is known to be done",
                 who.warp

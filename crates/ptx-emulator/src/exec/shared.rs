@@ -1,6 +1,6 @@
 //! Shared memory of one block: bytes, what each byte may be used for, and who touched it last.
 
-use super::clocks::Clocks;
+use super::clocks::{Clocks, lane_code};
 use crate::fault::{FaultKind, Run, Trouble};
 
 /// State of a byte.
@@ -58,6 +58,12 @@ impl Write {
     #[inline(always)]
     fn clashes(self, bytes: u64, known: &[u32], me: Who) -> bool {
         self.0 & bytes != 0 && self.unordered(known, me)
+    }
+    /// Whether the lane that wrote has told `me` so itself.
+    #[cold]
+    fn told(self, clocks: &Clocks, me: Who) -> bool {
+        let who = self.who();
+        clocks.knows_lane(me.warp, lane_code(who.warp, who.lane), self.time())
     }
     #[inline(always)]
     fn unordered(self, known: &[u32], me: Who) -> bool {
@@ -205,8 +211,8 @@ impl Shared {
         for (granule, mask) in granules(at, n) {
             let write = self.writes[granule];
             if write.0 & SPLIT != 0 {
-                self.check_split(granule, mask, known, me, "read", false)?;
-            } else if write.clashes(mask, known, me) {
+                self.check_split(clocks, granule, mask, me, "read", false)?;
+            } else if write.clashes(mask, known, me) && !write.told(clocks, me) {
                 return Err(self.race(granule * 4, &writer(write), "read", me));
             }
             let read = &mut self.reads[me.warp][granule];
@@ -220,16 +226,17 @@ impl Shared {
     #[cold]
     fn check_split(
         &self,
+        clocks: &Clocks,
         granule: usize,
         mask: u64,
-        known: &[u32],
         me: Who,
         mine: &str,
         atomic: bool,
     ) -> Run<()> {
         for byte in (0..4).filter(|b| mask >> b & 1 == 1) {
             let write = self.split[granule * 4 + byte];
-            if write.clashes(1 << byte, known, me) && !(atomic && write.0 & ATOMIC != 0) {
+            let clashes = write.clashes(1 << byte, clocks.of(me.warp), me) && !write.told(clocks, me);
+            if clashes && !(atomic && write.0 & ATOMIC != 0) {
                 return Err(self.race(granule * 4 + byte, &writer(write), mine, me));
             }
         }
@@ -282,10 +289,10 @@ impl Shared {
         for (granule, mask) in granules(at, n) {
             let old = self.writes[granule];
             if old.0 & SPLIT != 0 {
-                self.check_split(granule, mask, known, me, "write", atomic)?;
+                self.check_split(clocks, granule, mask, me, "write", atomic)?;
                 self.write_split(granule, mask, Write::new(clocks.now(), me, mask | flag));
             } else if old.unordered(known, me) && old.0 & 15 != 0 && !(atomic && old.0 & ATOMIC != 0) {
-                if old.0 & mask != 0 {
+                if old.0 & mask != 0 && !old.told(clocks, me) {
                     return Err(self.race(granule * 4, &writer(old), "write", me));
                 }
                 self.begin_split(granule, old);
@@ -304,25 +311,33 @@ impl Shared {
                     continue;
                 }
                 // Which lane has read which byte is not known: in the own warp, only whole granules tell.
-                if warp != me.warp || mask == 15 && self.readers[warp][granule] & !(1 << me.lane) != 0 {
+                let readers = self.readers[warp][granule];
+                let clashes = if warp == me.warp {
+                    mask == 15 && readers & !(1 << me.lane) != 0
+                } else {
+                    !clocks.knows_lanes(me.warp, warp, readers, read >> 4)
+                };
+                if clashes {
                     let other = format!("read by warp {warp} of the cluster");
                     return Err(self.race(granule * 4, &other, "write", me));
                 }
             }
         }
         if !self.async_reads.is_empty() {
-            self.check_async_reads(at, n, known, me)?;
+            self.check_async_reads(clocks, at, n, me)?;
         }
         Ok(())
     }
 
-    fn check_async_reads(&self, at: usize, n: usize, known: &[u32], me: Who) -> Run<()> {
+    fn check_async_reads(&self, clocks: &Clocks, at: usize, n: usize, me: Who) -> Run<()> {
+        let known = clocks.of(me.warp);
         for (warp, row) in self.async_reads.iter().enumerate().take(known.len()) {
             if warp == me.warp || row.is_empty() {
                 continue;
             }
             for unit in at / UNIT..(at + n).div_ceil(UNIT) {
-                if row.get(unit).is_some_and(|&read| read >= known[warp]) {
+                let late = |&read: &u32| read >= known[warp] && !clocks.knows_any_lane(me.warp, warp, read);
+                if row.get(unit).is_some_and(late) {
                     let other = format!("read by asynchronous work of warp {warp} of the cluster");
                     return Err(self.race(unit * UNIT, &other, "write", me));
                 }
@@ -348,7 +363,7 @@ impl Shared {
         }
         let mine = if write { "asynchronous write" } else { "asynchronous read" };
         let check = |address: usize, last: Write, bytes: u64| {
-            if last.clashes(bytes, known, me) {
+            if last.clashes(bytes, known, me) && !last.told(clocks, me) {
                 return Err(self.race(address, &writer(last), mine, me));
             }
             let handed = last.0 & bytes == 0
@@ -382,13 +397,17 @@ impl Shared {
                 }
                 for (granule, mask) in granules(at, n) {
                     let read = row[granule];
-                    if read as u64 & mask != 0 && read >> 4 >= known[warp] {
+                    let readers = self.readers[warp][granule];
+                    if read as u64 & mask != 0
+                        && read >> 4 >= known[warp]
+                        && !clocks.knows_lanes(me.warp, warp, readers, read >> 4)
+                    {
                         let other = format!("read by warp {warp} of the cluster");
                         return Err(self.race(granule * 4, &other, mine, me));
                     }
                 }
             }
-            self.check_async_reads(at, n, known, me)?;
+            self.check_async_reads(clocks, at, n, me)?;
         }
         Ok(())
     }

@@ -147,6 +147,8 @@ impl Machine<'_> {
     /// Ends the products of all but the youngest groups.
     pub(super) fn wait_products(&mut self, warp: &mut Warp, pending: u32, m: u32) -> Run<()> {
         self.whole_warp(warp, m)?;
+        // The lanes meet here; what they have loaded for earlier products has come.
+        self.clocks.sync_warp(warp.id);
         let now = self.clocks.tick();
         let due = |p: &Product| p.group.saturating_add(pending) < warp.product_group;
         let done = warp.products.iter().take_while(|p| due(p)).count();

@@ -188,6 +188,41 @@ KERNEL(data_behind_an_mbarrier) {
     }
 }
 
+KERNEL(one_lane_tells_for_its_warp) {
+    // The first lane tells the second warp of what all lanes have written; broken without having met them.
+    __shared__ float s[64];
+    __shared__ uint64_t b;
+    if (threadIdx.x == 0) barrier_init(&b, 1);
+    s[threadIdx.x] = 0.0f;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        s[threadIdx.x] = 1.0f;
+        if (!broken) __syncwarp();
+        if (threadIdx.x == 0) { s[32] = 2.0f; barrier_arrive(&b); }
+    } else {
+        barrier_wait(&b, 0);
+        y[TID] = s[threadIdx.x - 32] + s[32];
+    }
+}
+
+KERNEL(one_lane_gives_back_for_its_warp) {
+    // The first lane lets the second warp overwrite what all lanes have read.
+    __shared__ float s[64];
+    __shared__ uint64_t b;
+    if (threadIdx.x == 0) barrier_init(&b, 1);
+    s[threadIdx.x] = 1.0f;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        y[TID] = s[31 - threadIdx.x];
+        if (!broken) __syncwarp();
+        if (threadIdx.x == 0) { y[TID] += s[40]; barrier_arrive(&b); }
+    } else {
+        barrier_wait(&b, 0);
+        s[threadIdx.x - 32] = 2.0f;
+        if (threadIdx.x == 32) s[40] = 3.0f;
+    }
+}
+
 KERNEL(state_of_long_ago) {
     __shared__ uint64_t b;
     if (threadIdx.x == 0) barrier_init(&b, 64);
