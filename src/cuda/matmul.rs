@@ -198,7 +198,7 @@ pub enum Rounding {
     Exact,
     /// Codes: `value * absmax` in f32, rounded to x's type: what [`nf4_dequantize`](super::nf4_dequantize) gives.
     ToInput,
-    /// Codes: `value` rounded to f16, `* absmax` in f32, rounded to x's type. Off by at most 2⁻¹² of the weight (and, of a value
+    /// Codes: `value` rounded to f16, `* absmax` in f32, rounded to x's type. Off by at most 2⁻¹¹ of the weight (and, of a value
     /// below 2⁻¹⁴ of the codebook's largest, 2⁻²⁵ of that) before the last rounding.
     Half,
     /// Codes: `value` rounded to x's type; the sum of each 64 products is then multiplied by absmax in f32.

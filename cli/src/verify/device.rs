@@ -154,9 +154,11 @@ impl Engine for Kernels {
             (_, Rounding::Exact) => u,
             // The formula rounds every weight, the kernel every value.
             (_, Rounding::Value) => 2.0 * u,
+            // Both round every weight, the kernel after it has rounded every value to f16: they may go apart.
+            (_, Rounding::Half) => DType::F16.unit_roundoff() + 2.0 * u,
         };
         // `v` and `B` are taken as sums of two bf16.
-        let low_rank = if plan.kernel.is_some_and(|k| k.module == "matmul") { 2f64.powi(-14) } else { 0.0 };
+        let low_rank = if plan.kernel.is_some_and(|k| k.module == "prefill") { 2f64.powi(-14) } else { 0.0 };
         Ok(if x.dtype() == DType::F32 { Slack::default() } else { Slack { weight, low_rank } })
     }
 
