@@ -98,6 +98,25 @@ fn any_shape_and_any_mix_of_ranks() {
     all::<bf16, f32>(&device);
 }
 
+/// v comes in 1, 2, 4 or 8 parts, as `lora_shrink` leaves it; here they are whole numbers, so that any order gives their sum.
+#[test]
+fn parts_of_v_add_up() {
+    let device = Device::best();
+    let problem = Problem::<bf16>::dense(5, 70, 4).with_adapters(&[16, 7, 40]);
+    let whole: Vec<f32> = make_v(&problem).iter().map(|v| (v * 8.0).round()).collect();
+    let y = Numbers::new(7).many(5 * 70);
+    let wanted = expand(&device, &problem, &whole, &y).unwrap();
+    for parts in [2, 4, 8] {
+        // Part i is i everywhere, and the first one what is left.
+        let rest = (1..parts).sum::<usize>() as f32;
+        let first = whole.iter().map(|v| v - rest);
+        let v: Vec<f32> =
+            first.chain((whole.len()..parts * whole.len()).map(|i| (i / whole.len()) as f32)).collect();
+        let got = expand(&device, &problem, &v, &y).unwrap();
+        assert!(same(&got, &wanted), "{parts} parts");
+    }
+}
+
 /// Minus zero, infinities and NaN are kept where there is no adapter; a wrong number gives NaN.
 #[test]
 fn rows_without_an_adapter_keep_their_bits() {
