@@ -4,11 +4,11 @@
 mod products;
 
 use half::{bf16, f16};
-use lora_kernels::cuda::matmul::Rounding;
+use lora_kernels::cuda::matmul::{Extras, Rounding};
 use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Device, Spec};
-use products::{Numbers, Outcome, Problem, Weight, same};
+use products::{DeviceWeight, Numbers, Outcome, Problem, Weight, same};
 
 /// The GPU if it is a Hopper, else an emulated one.
 fn hopper() -> Device {
@@ -252,6 +252,33 @@ fn nan_blocks_do_not_leak() {
             for (i, y) in outcome.y.iter().enumerate() {
                 assert_eq!(y.to_f32().is_nan(), i % n == broken, "{:?}: row {}", outcome.plan, i % n);
             }
+        }
+    }
+    let device = hopper();
+    each_type!(run(&device));
+}
+
+/// A layer's product may start while the one before it runs, and takes its output as x all the same.
+#[test]
+fn layers_overlap() {
+    fn run<T: Element>(device: &Device) {
+        for tokens in [3, 16] {
+            let [first, second] = [256, 40].map(|n| Problem::<T>::nf4(tokens, n, 256, 64));
+            let [plan, next_plan] = [&first, &second].map(|problem| problem.plan(device));
+            let [weight, next_weight] =
+                [&first, &second].map(|problem| DeviceWeight::new(device, &problem.weight));
+            let x = device.upload(&first.x);
+            let [mut between, mut y] = [256, 40].map(|n| device.alloc::<T>(tokens * n));
+            let mut workspace = device.alloc::<u8>(plan.workspace_bytes.max(next_plan.workspace_bytes));
+            let extras = Extras::<T> { overlap: true, ..Extras::default() };
+            let queue = device.queue();
+            plan.run(queue, x.view(), &weight.view(), &extras, between.view_mut(), workspace.view_mut())
+                .unwrap();
+            next_plan
+                .run(queue, between.view(), &next_weight.view(), &extras, y.view_mut(), workspace.view_mut())
+                .unwrap();
+            let outcome = Problem { x: between.download(), ..second }.run_and_check(device);
+            assert!(same(&y.download(), &outcome.y));
         }
     }
     let device = hopper();
