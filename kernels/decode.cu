@@ -64,8 +64,9 @@ struct Way {
         tiles = blockIdx.x < all ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;
         // Splits are the same for pieces of either length.
         const Range range((p.k + 2 * kHalf * kSlice - 1) / (2 * kHalf * kSlice), blockIdx.y, p.splits);
-        first_piece = range.begin * (2 / L::kHalves);
-        pieces = min(range.end * (2 / L::kHalves), (p.k + L::kPiece - 1) / L::kPiece) - first_piece;
+        const uint32_t end = (p.k + L::kPiece - 1) / L::kPiece;
+        first_piece = min(range.begin * (2 / L::kHalves), end);
+        pieces = min(range.end * (2 / L::kHalves), end) - first_piece;
     }
 
     __device__ __forceinline__ uint32_t first_row(uint32_t tile) const { return (blockIdx.x + tile * gridDim.x) * kRows; }
