@@ -132,6 +132,7 @@ fn a_launch_is_one_call_and_nothing_else() {
 #[test]
 fn a_launch_that_overlaps_says_so_in_the_same_one_call() {
     on_a_fake_driver(|fake| {
+        fake.set(|s| s.version = 12_030);
         let queue = CudaQueue::open(0).expect("a device");
         queue.warm_up().expect("modules");
         fake.calls();
@@ -142,6 +143,25 @@ fn a_launch_that_overlaps_says_so_in_the_same_one_call() {
             "cuLaunchKernelEx nf4_dequantize_f32 (5 6 7) (32 2 1) 4096 on {stream:?} with 706050403020100, attribute 6 is 1 of 1"
         );
         assert_eq!(fake.calls(), [expected]);
+    });
+}
+
+/// Drivers before CUDA 12.3 do not take such launches into graphs, and devices before Hopper know nothing of them.
+#[test]
+fn launches_overlap_where_driver_and_device_let_them() {
+    on_a_fake_driver(|fake| {
+        for (version, major, expected) in
+            [(12_030, 9, "cuLaunchKernelEx"), (12_020, 9, "cuLaunchKernel "), (13_000, 8, "cuLaunchKernel ")]
+        {
+            fake.reset();
+            fake.set(|s| (s.version, s.major, s.minor) = (version, major, 0));
+            let queue = CudaQueue::open(0).expect("a device");
+            queue.warm_up().expect("modules");
+            fake.calls();
+            launch_with(&queue, some_kernel().param_bytes, true).expect("a launch");
+            let calls = fake.calls();
+            assert!(calls.len() == 1 && calls[0].starts_with(expected), "{version}, {major}.0: {calls:?}");
+        }
     });
 }
 

@@ -153,7 +153,7 @@ unsafe impl Queue for CudaQueue {
         self.bind()?;
         let function = self.library.function(kernel, &self.stream)?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        if overlap && self.library.properties.capability >= OVERLAPPING {
+        if overlap && self.library.overlaps {
             let mut attribute = overlapping();
             let config = sys::CUlaunchConfig {
                 gridDimX: grid[0],
@@ -259,8 +259,8 @@ unsafe impl Queue for CudaQueue {
     }
 }
 
-/// The first compute capability whose launches may overlap.
-const OVERLAPPING: (u32, u32) = (9, 0);
+/// The first compute capability whose launches may overlap, and the first CUDA version whose drivers take that into graphs.
+const OVERLAPPING: ((u32, u32), c_int) = ((9, 0), 12_030);
 
 /// What lets a launch start while the one before it in its stream still runs.
 fn overlapping() -> sys::CUlaunchAttribute {
@@ -311,6 +311,8 @@ impl<T: Pod> CudaWrite<'_, T> {
 struct Library {
     context: Arc<CudaContext>,
     properties: Properties,
+    /// Launches may overlap.
+    overlaps: bool,
     modules: HashMap<&'static str, Module>,
     loading: Mutex<()>,
 }
@@ -347,8 +349,12 @@ impl Library {
             return Err(Error::NoDevice { reason: format!("this build has no kernels ({})", origin()) });
         }
         let images = modules().iter().filter(|image| image.target == target);
+        let mut version = 0;
+        // SAFETY: the driver writes one number.
+        check(unsafe { sys::cuDriverGetVersion(&mut version) }, "cuDriverGetVersion")?;
         Ok(Self {
             context: Arc::clone(context),
+            overlaps: capability >= OVERLAPPING.0 && version >= OVERLAPPING.1,
             properties: Properties {
                 capability,
                 sm_count: attribute(COUNT)?,
