@@ -16,6 +16,12 @@ use products::{Adapter, DeviceWeight, Factors, Numbers, Problem, Weight, same};
 
 const TOKENS: [usize; 22] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 33, 64, 65, 133];
 
+/// The device at hand, or an emulated one where Hopper's own kernels would take the place of those that are meant.
+fn not_hopper() -> Device {
+    let best = Device::best();
+    if best.queue().properties().capability == (9, 0) { Device::emulator() } else { best }
+}
+
 /// Runs a check for every type of x.
 macro_rules! each_type {
     ($check:ident($($argument:expr),*)) => {
@@ -179,7 +185,7 @@ fn skinny_rounds_as_it_says() {
             }
         }
     }
-    let device = Device::best();
+    let device = not_hopper();
     check::<f16>(&device);
     check::<bf16>(&device);
 }
@@ -244,7 +250,7 @@ fn split_sums_are_finished() {
             assert_eq!(outcome.plan.workspace_bytes, outcome.plan.splits * tokens * n * 4);
         }
     }
-    let device = Device::best();
+    let device = not_hopper();
     each_type!(check(&device));
 }
 
@@ -347,7 +353,7 @@ fn large_tiles() {
             }
         }
     }
-    each_type!(check(&small(&Device::best())));
+    each_type!(check(&small(&not_hopper())));
 }
 
 /// Hopper has PTX of its own. It computes the same bits.

@@ -12,8 +12,8 @@
 //! | `matmul` | the rest: 16-bit x from 9 tokens on | tensor cores, tiles of 128 outputs |
 //!
 //! `prefill` has run in the emulator only. Its design, without what followed (`benches/results`, *prefill*), was timed on an
-//! H200 as prototypes: 0.8 to 1.05 times the speed of cuBLAS with a 16-bit weight from 256 tokens on, and faster than dequantising
-//! and cuBLAS at every shape. The tile and the number of splits follow from those times.
+//! H200 as prototypes: from 256 tokens on 0.76 to 1.03 times the speed of cuBLAS with a 16-bit weight (a dense W 0.81 to 1.06),
+//! and faster than dequantising and cuBLAS at every shape. The tile and the number of splits follow from those times.
 //!
 //! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch.
 //!
@@ -22,7 +22,7 @@
 //! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
 //! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
-//! `v Bᵀ` has exact products in `skinny`, `matvec` and `matmul`, of bf16 that v and B are cut into, and f32 sums. In `prefill`, v
+//! `v Bᵀ` has exact products in `decode`, `skinny`, `matvec` and `matmul`, of bf16 that v and B are cut into, and f32 sums. In `prefill`, v
 //! and B are taken as sums of two bf16 (an f16 or bf16 B is one exactly), which errs by less than 2⁻¹⁴ of `|v| |B|`: an eighth
 //! of the rounding of an f16 y, a 64th of a bf16 one.
 
