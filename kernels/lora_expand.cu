@@ -107,12 +107,8 @@ __device__ __forceinline__ void add_group(const Params& p, const Window& window,
 #pragma unroll
             for (uint32_t s = 0; s < kAtOnce; ++s) {
                 if (base + 16 * s >= adapter.rank) break;
-                uint32_t token[4] = {0, 0, 0, 0};
-#pragma unroll
-                for (uint32_t e = 0; e < 4; ++e) {
-                    const uint32_t r = 16 * s + 4 * t + e;
-                    if (base + r < adapter.rank) token[e] = __float_as_uint(v[g][r]);
-                }
+                uint32_t token[4];
+                read_v(v[g], 16 * s + 4 * t, int32_t(adapter.rank - base - 16 * s - 4 * t), token);
                 add_step<B>(raw[s][0], token, delta[0]);
                 add_step<B>(raw[s][1], token, delta[1]);
             }

@@ -208,9 +208,10 @@ __device__ __forceinline__ void lora_shrink(const Params& p) {
         __syncthreads();
 
         // A thread owns an element of v. The adapter's scale is put in where the sums are eighths of the whole.
-        const uint32_t j = threadIdx.x / kRanks, column = threadIdx.x % kRanks;
+        // Half a warp reads one token's, the other half that of the fourth after it, in the other banks.
+        const uint32_t j = warp + lane / kRanks * (kGroup / 2), column = lane % kRanks;
         const uint32_t own = group.token(j % kGroup);
-        if (j < kGroup && own < 32 && r + column < p.adapters.pitch) {
+        if (warp < kGroup / 2 && own < 32 && r + column < p.adapters.pitch) {
             const float* sum = &partial[0][j * kPitch + column];
             const auto scaled = [&](float sum, uint32_t warps) { return parts == warps ? __fmul_rn(sum, adapter.scaling) : sum; };
             const auto one = [&](int w) { return scaled(sum[w * kGroup * kPitch], 1); };

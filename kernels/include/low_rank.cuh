@@ -56,10 +56,18 @@ __device__ __forceinline__ void load_b(const B* row, uint32_t r, uint32_t rank, 
     }
 }
 
-// Steps of 16 ranks that a warp reads together, and that an item has at a time; the distance of v's rows in shared memory.
+// Steps of 16 ranks that a warp reads together, and that an item has at a time; the distance of v's rows in shared memory, with
+// which sixteen ranks of two neighbours fill all banks.
 template <typename B>
 constexpr uint32_t kSteps = 8 / sizeof(B);
-constexpr uint32_t kRankPitch = kSteps<f16> * 16 + 4;
+constexpr uint32_t kRankPitch = kSteps<f16> * 16 + 16;
+
+// Four values of v from column r on of its row in shared memory; zero from `left` on, which may be all.
+__device__ __forceinline__ void read_v(const float* row, uint32_t r, int32_t left, uint32_t (&values)[4]) {
+    uint4 four = make_uint4(0, 0, 0, 0);
+    if (left > 0) four = *reinterpret_cast<const uint4*>(row + r);
+    values[0] = four.x, values[1] = left > 1 ? four.y : 0, values[2] = left > 2 ? four.z : 0, values[3] = left > 3 ? four.w : 0;
+}
 
 // delta += 16 ranks of b v^T: `b` has four elements of two rows as stored, `v` four f32 of a token.
 template <typename B>
@@ -169,11 +177,8 @@ struct BranchTile {
                 __syncwarp();  // one step after the other: their operands together would take too many registers
                 const Item group = groups[item / blocks];
                 const uint32_t token = nth_bit(group.members, g), r = rank_of(s);
-                uint32_t values[4] = {0, 0, 0, 0};
-#pragma unroll
-                for (uint32_t e = 0; e < 4; ++e) {
-                    if (token < Tokens && base + r + e < group.rank) values[e] = __float_as_uint(v[token][r + e]);
-                }
+                uint32_t values[4];
+                read_v(v[min(token, Tokens - 1u)], r, token < Tokens ? int32_t(group.rank - base - r) : 0, values);
                 if (r == 4 * t) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) delta[e] = 0.0f;

@@ -1,0 +1,250 @@
+//! What decides how fast the products and the adapters' kernels can be, counted in the emulator: the table in
+//! `kernels/COUNTERS.md`, which is checked here and written with `LORA_KERNELS_BLESS=1 cargo test --test counters`.
+
+mod products;
+
+use std::{env, fs};
+
+use half::bf16;
+use lora_kernels::cuda::matmul::{self, WeightFormat};
+use lora_kernels::cuda::{AdapterTable, Kernel, LowRank, lora_expand, lora_shrink};
+use lora_kernels::{DType, Element};
+use lora_kernels_devices::{Counters, Device, Spec};
+use products::{Factors, Problem, Weight, expand_shape};
+
+const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/COUNTERS.md");
+
+/// Another nvcc may choose other instructions; everything else is exact.
+const INSTRUCTIONS_MAY_DIFFER: f64 = 0.05;
+
+const ABOUT: &str = "\
+# What the kernels do, counted
+
+Counts of the emulator, for one launch, x and y in bf16, codes with an f32 absmax for every 64 where nothing else is said. They are exact and repeat;
+`cargo test --test counters` fails when they change, and `LORA_KERNELS_BLESS=1` before it writes this file. They say what a kernel asks of the
+machine, not how long that takes; times are in `benches/results`.
+
+* *blocks*: of the launch, on a device with 132 multiprocessors (H200) or 108 (A100). `prefill` and `decode` never start more than there are.
+* *instructions*: of PTX, executed by threads, per weight and tile of tokens that it is read for (per element of lora_a or lora_b for `lora_shrink`
+  and `lora_expand`). Register moves count, which the machine mostly does not have; waits count as often as they are tried.
+* *read*, *written*: distinct 32-byte sectors of device memory over the fewest bytes that have to move: W, its absmax, x, the adapters, y (`lora_expand`
+  reads and writes y), or the parts of split sums. 1.00 is the least.
+* *asked*: sectors asked for by all instructions over the same bytes; what is above *read* is answered by the cache.
+* *conflicts*: passes through the banks of shared memory that conflict-free accesses would not need, loads and stores, per hundred accesses.
+
+";
+
+const ABOUT_BLOCKS: &str = "\
+`decode` gives every block at least 16 rows by 4096 elements of k, so few rows do not fill a device with it: such a stage took prototypes about
+1.2 of the 4 to 5 microseconds of a launch (`benches/results`), and splitting it would cost a second kernel.
+";
+
+/// A launch, and the fewest bytes that it has to read and write.
+struct Row {
+    kernel: Kernel,
+    device: &'static str,
+    what: String,
+    counters: Counters,
+    elements: f64,
+    read: f64,
+    written: f64,
+}
+
+/// A row of numbers, as it is in the file.
+struct Cells {
+    exact: Vec<String>,
+    instructions: f64,
+}
+
+impl Row {
+    fn cells(&self) -> Cells {
+        let Counters { global_loads, global_stores, shared_loads, shared_stores, blocks, .. } =
+            &self.counters;
+        let share = |sectors: u64, least: f64| format!("{:.2}", 32.0 * sectors as f64 / least);
+        let conflicts = |conflicts: u64, requests: u64| {
+            if conflicts == 0 {
+                "0".into()
+            } else {
+                format!("{:.1}", 100.0 * conflicts as f64 / requests as f64)
+            }
+        };
+        Cells {
+            exact: vec![
+                format!("`{}`", self.kernel.entry),
+                self.device.into(),
+                self.what.clone(),
+                blocks.to_string(),
+                share(global_loads.distinct_sectors, self.read),
+                share(global_loads.sectors, self.read),
+                share(global_stores.sectors, self.written),
+                conflicts(shared_loads.conflicts, shared_loads.requests),
+                conflicts(shared_stores.conflicts, shared_stores.requests),
+            ],
+            instructions: self.counters.total().threads as f64 / self.elements,
+        }
+    }
+
+    /// What DESIGN wants of every kernel, whatever the table says.
+    fn check(&self) {
+        let Self { counters, kernel, .. } = self;
+        assert_eq!(counters.local_accesses, 0, "{}", kernel.entry);
+        let read = 32.0 * counters.global_loads.distinct_sectors as f64 / self.read;
+        assert!((1.0..1.05).contains(&read), "{} reads {read} of what it has to", kernel.entry);
+        let written = 32.0 * counters.global_stores.sectors as f64 / self.written;
+        assert!((1.0..1.05).contains(&written), "{} writes {written} of what it has to", kernel.entry);
+        assert_eq!(counters.shared_loads.conflicts, 0, "{}", kernel.entry);
+    }
+}
+
+fn product<T: Element>(device: (&'static str, &Device), problem: &Problem<T>) -> Row {
+    let outcome = problem.run(device.1);
+    let (plan, counters) = (outcome.plan, outcome.counters.unwrap());
+    assert_eq!(plan.splits, 1, "the counts are those of the last launch");
+    let (size, weights) = (T::DTYPE.size(), problem.n * problem.k);
+    let (weight, kind) = match &problem.weight {
+        Weight::Dense(_) => (weights * size, "dense"),
+        Weight::Nf4(nf4) => (nf4.packed().len() + nf4.absmax().len() * 4, "NF4"),
+    };
+    let passes = problem.tokens.div_ceil(plan.tile.tokens);
+    Row {
+        kernel: plan.kernel.unwrap(),
+        device: device.0,
+        what: format!("{} tokens, {kind} {} x {}", problem.tokens, problem.n, problem.k),
+        counters,
+        elements: (weights * passes) as f64,
+        read: (weight + problem.tokens * problem.k * size) as f64,
+        written: (problem.tokens * problem.n * size) as f64,
+    }
+}
+
+/// Tokens that take turns among adapters, in one launch of each of the two kernels.
+fn adapters(device: (&'static str, &Device), tokens: usize, count: usize, rank: usize) -> [Row; 2] {
+    let (n, k) = (4096, 4096);
+    let mut problem = Problem::<bf16>::dense(tokens, 1, k).with_adapters(&vec![rank; count]);
+    problem.n = n;
+    for adapter in problem.adapters.as_mut().unwrap() {
+        adapter.lora_b = products::Numbers::new(2).many(n * rank);
+    }
+    problem.index = Some((0..tokens).map(|token| (token % count) as i32).collect());
+    let (x, index) = (device.1.upload(&problem.x), device.1.upload(problem.index.as_ref().unwrap()));
+    let factors = Factors::new(device.1, problem.adapters.as_ref().unwrap());
+    let mut entries = device.1.alloc(AdapterTable::<bf16>::bytes(count));
+    let table = factors.table(device.1, k, n, &mut entries).unwrap();
+
+    let shape = table.shrink_shape(tokens, DType::BF16);
+    let plan = lora_shrink::plan(&shape, device.1.queue().properties()).unwrap();
+    let v = problem.shrink(device.1, &table, &x, Some(&index)).unwrap();
+    let (row, v_bytes) = (count * rank, (plan.v_len() * 4) as f64);
+    let what = format!("{tokens} tokens, {count} adapters of rank {rank}, ");
+    let shrink = Row {
+        kernel: plan.kernel.unwrap(),
+        device: device.0,
+        what: format!("{what}k = {k}"),
+        counters: device.1.counters().unwrap(),
+        elements: (row * k) as f64,
+        read: ((row + tokens) * k * 2) as f64,
+        written: v_bytes,
+    };
+
+    let mut y = device.1.upload(&problem.x[..tokens * n]);
+    let branch = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
+    let plan =
+        lora_expand::plan(&expand_shape::<bf16, bf16>(tokens, n), device.1.queue().properties()).unwrap();
+    plan.run(device.1.queue(), &branch, y.view_mut()).unwrap();
+    let expand = Row {
+        kernel: plan.kernel.unwrap(),
+        device: device.0,
+        what: format!("{what}n = {n}"),
+        counters: device.1.counters().unwrap(),
+        elements: (row * n) as f64,
+        read: ((row + tokens) * n * 2) as f64 + v_bytes,
+        written: (tokens * n * 2) as f64,
+    };
+    [shrink, expand]
+}
+
+fn rows() -> Vec<Row> {
+    let (a100, h200) = (Device::emulator(), Device::emulate(Spec::h200()));
+    let (ampere, hopper) = (("A100", &a100), ("H200", &h200));
+    let nf4 = |tokens, n, k| Problem::<bf16>::nf4(tokens, n, k, 64);
+    let mut rows = vec![
+        product(hopper, &nf4(1, 4096, 4096)),
+        product(hopper, &nf4(8, 4096, 4096)),
+        product(hopper, &nf4(16, 4096, 4096)),
+        product(ampere, &nf4(1, 4096, 2048)),
+        product(ampere, &nf4(16, 4096, 2048)),
+        product(ampere, &Problem::<bf16>::dense(1, 4096, 1024)),
+        product(ampere, &Problem::<bf16>::dense(8, 4096, 1024)),
+        product(ampere, &Problem::<f32>::nf4(1, 4096, 1024, 64)),
+        product(ampere, &Problem::<f32>::nf4(8, 4096, 1024, 64)),
+        product(hopper, &nf4(64, 4096, 512)),
+        product(hopper, &nf4(512, 4096, 256)),
+        product(hopper, &nf4(1024, 4096, 256)),
+        product(hopper, &Problem::<bf16>::dense(512, 4096, 256)),
+        product(hopper, &Problem::<bf16>::dense(1024, 4096, 256)),
+        product(ampere, &nf4(24, 16384, 256)),
+        product(ampere, &nf4(64, 16384, 256)),
+        product(ampere, &nf4(512, 4096, 256)),
+        product(ampere, &Problem::<bf16>::dense(512, 4096, 256)),
+    ];
+    for (tokens, count, rank) in [(1, 1, 16), (16, 1, 64), (32, 32, 16)] {
+        rows.extend(adapters(hopper, tokens, count, rank));
+    }
+    rows
+}
+
+/// Blocks (and splits) of products by shape: whether few rows fill the device.
+fn blocks() -> String {
+    const TOKENS: [usize; 6] = [1, 16, 32, 64, 256, 2048];
+    let mut text = format!("| W | device |{}\n", TOKENS.map(|tokens| format!(" {tokens} |")).concat());
+    text += &format!("|---|---|{}\n", "--:|".repeat(TOKENS.len()));
+    for (n, k) in [(512, 4096), (1024, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (8192, 28672)] {
+        for (name, spec) in [("A100", Spec::a100()), ("H200", Spec::h200())] {
+            let device = Device::emulate(spec);
+            let cells = TOKENS.map(|tokens| {
+                let weight = WeightFormat::Nf4 { blocksize: 64 };
+                let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight };
+                let plan = matmul::plan(&shape, device.queue().properties()).unwrap();
+                let [x, y, _] = plan.grid;
+                format!(" {} in {} |", x * y, plan.splits)
+            });
+            text += &format!("| {n} x {k} | {name} |{}\n", cells.concat());
+        }
+    }
+    text
+}
+
+#[test]
+fn the_table_holds() {
+    let rows = rows();
+    let cells: Vec<_> = rows.iter().map(Row::cells).collect();
+    let line = |row: &Cells| format!("| {} | {:.2} |\n", row.exact.join(" | "), row.instructions);
+    let text = format!(
+        "{ABOUT}| kernel | device | what | blocks | read | asked | written | conflicts, loads | stores | instructions |\n\
+         |---|---|---|--:|--:|--:|--:|--:|--:|--:|\n{}\n\
+         ## Blocks of a product with an NF4 weight, and the splits of its sums, by tokens\n\n{}\n{ABOUT_BLOCKS}",
+        cells.iter().map(line).collect::<String>(),
+        blocks()
+    );
+    if env::var_os("LORA_KERNELS_BLESS").is_some() {
+        fs::write(TABLE, &text).unwrap();
+    }
+    rows.iter().for_each(Row::check);
+    let committed = fs::read_to_string(TABLE).unwrap();
+    let mut differing = committed.lines().zip(text.lines()).filter(|(old, new)| {
+        match (old.rsplit_once(" | "), new.rsplit_once(" | ")) {
+            (Some((old, a)), Some((new, b))) if old == new => {
+                let number = |cell: &str| cell.trim_end_matches(" |").parse::<f64>();
+                match (number(a), number(b)) {
+                    (Ok(a), Ok(b)) => (a - b).abs() > INSTRUCTIONS_MAY_DIFFER * a,
+                    _ => a != b,
+                }
+            }
+            _ => old != new,
+        }
+    });
+    if let Some((old, new)) = differing.next() {
+        panic!("kernels/COUNTERS.md has\n{old}\nbut it is\n{new}");
+    }
+    assert_eq!(committed.lines().count(), text.lines().count());
+}
