@@ -73,6 +73,21 @@ pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync + PartialEq + fm
     fn to_f64(self) -> f64 {
         f64::from(self.to_f32())
     }
+    /// The bits, in the low end.
+    fn bits(self) -> u32;
+    /// The element of these bits; those that it has no room for are dropped.
+    fn from_bits(bits: u32) -> Self;
+    /// Its place among all elements of the type, from negative to positive; -0 comes before 0. What is not a number is at both
+    /// ends.
+    fn order(self) -> i32 {
+        let bits = (self.bits() << (32 - 8 * size_of::<Self>())) as i32;
+        let order = bits ^ ((bits >> 31) as u32 >> 1) as i32;
+        order >> (32 - 8 * size_of::<Self>())
+    }
+    /// The element at a place; of places that no element has, the low bits count.
+    fn from_order(order: i32) -> Self {
+        Self::from_bits(order as u32 ^ ((order >> 31) as u32 >> (33 - 8 * size_of::<Self>())))
+    }
     /// Widens a slice into one of the same length, exactly. Panics when the lengths differ.
     fn widen(from: &[Self], to: &mut [f32]);
     /// Rounds a slice into one of the same length, as [`Element::from_f32`]. Panics when the lengths differ.
@@ -94,6 +109,12 @@ macro_rules! element {
             }
             fn from_f64(value: f64) -> Self {
                 $from64(value)
+            }
+            fn bits(self) -> u32 {
+                u32::from(self.to_bits())
+            }
+            fn from_bits(bits: u32) -> Self {
+                Self::from_bits(bits as _)
             }
             #[inline(always)]
             fn widen(from: &[Self], to: &mut [f32]) {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::adapter::MergeReport;
+
 /// What every fallible call of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -18,6 +20,19 @@ pub enum Error {
         wanted: String,
         /// What came.
         got: String,
+    },
+    /// A merge into 4 bits that would lose its adapters.
+    #[error(
+        "{argument}: wanted a retained gain of at least {wanted}, got {report}; a merge into 16 bits keeps the adapters, \
+         and so does a low-rank remainder beside the 4-bit weight; other scales and roundings may; and it can be forced"
+    )]
+    AdapterLost {
+        /// The weight.
+        argument: String,
+        /// The least share of the delta that has to be left.
+        wanted: f64,
+        /// What would be left.
+        report: MergeReport,
     },
     /// A file contradicts its format, or itself.
     #[error("{place}: wanted {wanted}, got {got}")]

@@ -37,7 +37,7 @@
 //! let y = stack.forward(&x, &weight, None)?;
 //!
 //! // The merged weight gives the same outputs, but for the roundings of the merge.
-//! let merged = stack.merge(&weight, DType::F32)?;
+//! let merged = stack.merge(&weight, DType::F32)?.weight;
 //! let row: f32 = merged.to_f32()[..64].iter().map(|w| 0.5 * w).sum();
 //! assert!((f64::from(row) - y[0]).abs() < 1e-5);
 //! # Ok(())

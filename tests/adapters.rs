@@ -9,7 +9,7 @@ mod low_rank;
 use std::cell::Cell;
 
 use fixtures::{Fixture, path, text};
-use lora_kernels::adapter::{AdaLora, Adapter, Dora, EmbeddingLora, Lora, Scaling, Stack};
+use lora_kernels::adapter::{AdaLora, Adapter, Dora, EmbeddingLora, Lora, Requantize, Scaling, Stack};
 use lora_kernels::formats::peft;
 use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Error, Tensor};
@@ -184,7 +184,7 @@ fn merge_is_pefts() {
     each_module(false, |case| {
         let truth = case.truth();
         let merged = case.stored(|n, k| (truth.merged(n, k), truth.row_scale(n).1));
-        let ours = case.stack().merge(&case.weight, DType::F32).unwrap();
+        let ours = case.stack().merge(&case.weight, DType::F32).unwrap().weight;
         assert_eq!(ours.shape(), case.weight.shape());
         let c = merge_roundings(&truth);
         assert_close(
@@ -195,7 +195,7 @@ fn merge_is_pefts() {
         let theirs = merged.iter().map(|(w, relative)| (w.value, (c + 2.0 * F32 + relative) * w.magnitude));
         assert_close(&format!("{} PEFT's merged", case.name), &case.f64("merged"), theirs);
 
-        let restored = case.stack().unmerge(&ours, DType::F32).unwrap().to_f64();
+        let restored = case.stack().unmerge(&ours, DType::F32).unwrap().weight.to_f64();
         let theirs = case.f64("unmerged");
         let weights = case.stored(|n, k| {
             let (scale, relative) = truth.row_scale(n);
@@ -254,7 +254,7 @@ fn merge_in_bf16_is_pefts() {
                 let w = truth.merged(n, k).value;
                 (w, BF16 * w.abs() + f32_error(n, k))
             });
-            let ours = stack.merge(&weight, DType::BF16).unwrap();
+            let ours = stack.merge(&weight, DType::BF16).unwrap().weight;
             assert_close(&format!("{} {part}", case.name), &ours.to_f64(), merged.iter().copied());
 
             // With an adapter in bf16, PEFT also rounds the delta; of DoRA the sum, the norm and the factor; of AdaLoRA
@@ -273,7 +273,7 @@ fn merge_in_bf16_is_pefts() {
             if part == "bf16" {
                 // PEFT rounds the delta here too, and gives back other bits than it was given. So do we, by less.
                 let theirs_stored = theirs.to_f64();
-                let ours = stack.unmerge(&theirs, DType::BF16).unwrap();
+                let ours = stack.unmerge(&theirs, DType::BF16).unwrap().weight;
                 let place =
                     |n, k| if case.adapter.fan_in_fan_out() { k * truth.n + n } else { n * truth.k + k };
                 let unmerged = case.stored(|n, k| {
@@ -350,7 +350,7 @@ fn merged_and_unmerged_agree() {
             [(DType::F32, F32), (DType::BF16, BF16), (DType::F16, DType::F16.unit_roundoff())]
         {
             let stack = case.stack();
-            let merged = stack.merge(&case.weight, dtype).unwrap();
+            let merged = stack.merge(&case.weight, dtype).unwrap().weight;
             let merged_bias = stack.merge_bias(case.bias.as_ref(), DType::F32).unwrap();
             let no_adapter =
                 lora(&[0.0; 0], &[0.0; 0], [truth.n, 0, truth.k], 1.0, case.adapter.fan_in_fan_out());
@@ -424,7 +424,7 @@ fn embeddings_are_pefts() {
         };
         assert_close("delta", &case.adapter.delta().unwrap(), bound(&delta, F64));
         assert_close("PEFT's delta", &case.f64("delta"), bound(&delta, F32));
-        let ours = stack.merge(&case.weight, DType::F32).unwrap();
+        let ours = stack.merge(&case.weight, DType::F32).unwrap().weight;
         assert_close("merged", &ours.to_f64(), bound(&merged, F32));
         assert_close("PEFT's merged", &case.f64("merged"), bound(&merged, F32));
 
@@ -485,7 +485,7 @@ fn several_adapters_are_pefts() {
             }
         }
         let made = Stack::new(&stack, &weight).unwrap();
-        let ours = made.merge(&weight, DType::F32).unwrap();
+        let ours = made.merge(&weight, DType::F32).unwrap().weight;
         let bound = |c: f64| merged.iter().map(move |w| (w.value, c * w.magnitude)).collect::<Vec<_>>();
         let c = (rank + 5) as f64 * F32;
         assert_close(names, &ours.to_f64(), bound(c));
@@ -524,8 +524,8 @@ fn a_rank_of_zero_adds_nothing() {
     let weight = Fixture::open("peft/llama/base/model").tensor("model.layers.1.self_attn.q_proj.weight");
     assert!(adapter.delta().unwrap().iter().all(|&d| d == 0.0));
     let stack = Stack::new(&[adapter], &weight).unwrap();
-    assert_eq!(stack.merge(&weight, DType::F32).unwrap(), weight);
-    assert_eq!(stack.unmerge(&weight, DType::F32).unwrap(), weight);
+    assert_eq!(stack.merge(&weight, DType::F32).unwrap().weight, weight);
+    assert_eq!(stack.unmerge(&weight, DType::F32).unwrap().weight, weight);
     let plain = Linear::new(adapter, 0.0, &weight.to_f64());
     let x: Vec<f32> = (0..64).map(|i| (i as f32 - 31.5) / 16.0).collect();
     let x = Tensor::from_f32([64], &x, DType::F32).unwrap();
@@ -544,7 +544,7 @@ fn a_scaling_of_zero_adds_nothing() {
     let of = |scaling| lora(&[0.1, 0.2], &[1.0, 2.0, 3.0], [3, 1, 2], scaling, false);
     let none = lora(&[], &[], [3, 0, 2], 1.0, false);
     let stack = |adapter: &Adapter| Stack::new(&[adapter], &weight).unwrap();
-    assert_eq!(stack(&of(0.0)).merge(&weight, DType::BF16).unwrap(), weight);
+    assert_eq!(stack(&of(0.0)).merge(&weight, DType::BF16).unwrap().weight, weight);
     let forward = |adapter: &Adapter| stack(adapter).forward(&x, &weight, None).unwrap();
     assert_eq!(forward(&of(0.0)), forward(&none));
     assert_ne!(forward(&of(1.0)), forward(&none));
@@ -623,8 +623,8 @@ fn misfits_are_refused() {
     assert_eq!(argument(stack.forward(&ones(&[2, 4]), &weight, Some(&ones(&[4])))), "bias");
     assert_eq!(argument(stack.merge(&ones(&[4, 3]), DType::F32)), "weight");
     assert_eq!(argument(stack.unmerge(&ones(&[4, 3]), DType::F32)), "merged");
-    assert_eq!(argument(stack.merge_nf4(&nf4)), "weight");
-    assert_eq!(argument(stack.unmerge_nf4(&nf4)), "merged");
+    assert_eq!(argument(stack.merge(&nf4, Requantize::default())), "weight");
+    assert_eq!(argument(stack.unmerge(&nf4, Requantize::default())), "merged");
     assert_eq!(argument(stack.merge_bias(Some(&ones(&[4])), DType::F32)), "bias");
     assert_eq!(argument(stack.unmerge_bias(Some(&ones(&[4])), DType::F32)), "merged");
     assert_eq!(argument(stack.lookup(&[0], &weight)), "adapters.fan_in_fan_out");
@@ -632,7 +632,7 @@ fn misfits_are_refused() {
     // A magnitude of 0 silences an output for good.
     let silent = Dora::new(good(), zeros(&[3])).unwrap().into();
     let stack = Stack::new(&[&silent], &weight).unwrap();
-    let merged = stack.merge(&weight, DType::F32).unwrap();
+    let merged = stack.merge(&weight, DType::F32).unwrap().weight;
     assert!(merged.to_f32().iter().all(|&w| w == 0.0));
     assert_eq!(argument(stack.unmerge(&merged, DType::F32)), "merged[0, 0], adapted");
 
@@ -640,7 +640,7 @@ fn misfits_are_refused() {
     let empty = Adapter::from(Lora::new(zeros(&[0, 0]), zeros(&[3, 0]), 1.0).unwrap());
     let stack = Stack::new(&[&empty], &zeros(&[3, 0])).unwrap();
     assert_eq!(stack.forward(&zeros(&[2, 0]), &zeros(&[3, 0]), Some(&ones(&[3]))).unwrap(), [1.0; 6]);
-    assert_eq!(stack.merge(&zeros(&[3, 0]), DType::F16).unwrap().shape(), [3, 0]);
+    assert_eq!(stack.merge(&zeros(&[3, 0]), DType::F16).unwrap().weight.shape(), [3, 0]);
     let huge = Adapter::from(Lora::new(zeros(&[0, 1 << 62]), zeros(&[1 << 62, 0]), 1.0).unwrap());
     assert_eq!(argument(huge.delta()), "delta");
     let wide = Adapter::from(Lora::new(zeros(&[0, 0]), zeros(&[1 << 62, 0]), 1.0).unwrap());

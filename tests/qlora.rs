@@ -4,7 +4,7 @@ mod fixtures;
 mod low_rank;
 
 use fixtures::{Fixture, size, text};
-use lora_kernels::adapter::{Adapter, Dora, Lora, Stack};
+use lora_kernels::adapter::{Adapter, Dora, Lora, Requantize, Stack};
 use lora_kernels::nf4::{Absmax, Codebook, DYNAMIC_MAP, NestedAbsmax, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Tensor};
 use low_rank::{BF16, F32, F64, Linear, Sum, assert_close};
@@ -279,7 +279,11 @@ fn merged(case: &Case) -> Target {
 fn merge_into_4_bits_is_pefts() {
     each_case(|case| {
         let (base, target) = (case.base(), merged(case));
-        let ours = Stack::new(&[&case.adapter], &base).unwrap().merge_nf4(&base).unwrap();
+        let ours = Stack::new(&[&case.adapter], &base)
+            .unwrap()
+            .merge(&base, Requantize::default().forced())
+            .unwrap()
+            .weight;
         target.check(case.name, &ours);
         target.check(&format!("{} PEFT", case.name), &case.matrix("merged", DType::F32));
         assert_eq!(
@@ -323,7 +327,7 @@ fn unmerge_from_4_bits_is_pefts() {
             })
             .unzip();
         let target = Target { value, error };
-        let ours = stack.unmerge_nf4(&merged).unwrap();
+        let ours = stack.unmerge(&merged, Requantize::default()).unwrap().weight;
         target.check(case.name, &ours);
         target.check(&format!("{} PEFT", case.name), &case.matrix("unmerged", DType::F32));
         assert_ne!(ours.packed(), base.packed(), "{}", case.name);
@@ -337,7 +341,7 @@ fn merge_into_a_dense_weight() {
         let (base, target) = (case.base(), merged(case));
         let stack = Stack::new(&[&case.adapter], &base).unwrap();
         for dtype in [DType::F32, DType::BF16] {
-            let ours = stack.merge(&base, dtype).unwrap();
+            let ours = stack.merge(&base, dtype).unwrap().weight;
             assert_eq!(ours.dtype(), dtype);
             let bound = target
                 .value
@@ -365,9 +369,12 @@ fn any_shape_and_blocksize() {
         for nesting in [Nesting::Plain, Nesting::Nested] {
             let base = Nf4Matrix::quantize(&values, [n, k], blocksize, &Codebook::nf4(), nesting).unwrap();
             let stack = Stack::new(&[&adapter], &base).unwrap();
-            let whole = stack.merge(&base, DType::F32).unwrap();
+            let whole = stack.merge(&base, DType::F32).unwrap().weight;
             let wanted = Nf4Matrix::quantize_tensor(&whole, blocksize, &Codebook::nf4(), nesting).unwrap();
-            assert!(stack.merge_nf4(&base).unwrap() == wanted, "[{n}, {k}] in blocks of {blocksize}");
+            assert!(
+                stack.merge(&base, Requantize::default().forced()).unwrap().weight == wanted,
+                "[{n}, {k}] in blocks of {blocksize}"
+            );
         }
     }
 }

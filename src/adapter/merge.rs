@@ -3,55 +3,83 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::requantize::Requantize;
 use super::update::{Sides, Update};
-use super::{Base, Stack, check_shape};
-use crate::nf4::{Absmax, Nf4Matrix, block_count, nest, packed_len, quantize};
-use crate::tensor::Data;
+use super::{Base, MergeReport, Stack, check_shape};
+use crate::nf4::Nf4Matrix;
 use crate::{DType, Element, Error, Result, Tensor};
 
+/// What [`Stack::merge`] gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merged<W> {
+    /// The weight with the adapters in it.
+    pub weight: W,
+    /// What it has kept of them.
+    pub report: MergeReport,
+}
+
+/// What [`Stack::unmerge`] gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unmerged<W> {
+    /// The weight without the adapters, but for what the merge has rounded away.
+    pub weight: W,
+    /// How many of its elements are a guess: the merged weight could have come from another value of the type as well, or
+    /// from none of those nearby. All of a 4-bit weight, whose scales are gone.
+    pub undetermined: u64,
+}
+
+/// What a weight is merged into: elements of a [`DType`], or 4-bit blocks by the rules of a [`Requantize`].
+pub trait Target: Pass<<Self as Target>::Weight> {
+    /// [`Tensor`] or [`Nf4Matrix`].
+    type Weight;
+}
+
+impl Target for DType {
+    type Weight = Tensor;
+}
+
+impl Target for Requantize {
+    type Weight = Nf4Matrix;
+}
+
+/// How a target is reached. Not exported: there are no other targets.
+pub trait Pass<W> {
+    fn merge(self, change: &Change<'_>) -> Result<Merged<W>>;
+    fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<W>>;
+}
+
 impl Stack {
-    /// `W' = row_scale ⊙ W + B' A'` in `dtype`, in the layout of the weight: sums in f32, one rounding.
+    /// `W' = row_scale ⊙ W + B' A'`, in the layout of the weight: sums in f32, one rounding; and a report of what that
+    /// rounding has left of the adapters. All adapters go in at once, panel by panel: no delta is made whole.
     ///
-    /// A 4-bit base is dequantised to its dtype first, as PEFT does; merging it into a 16-bit `dtype` loses far less than
-    /// [`Stack::merge_nf4`] does. Merging into 16 bits loses too: of a delta of a thousandth of the weight most is
-    /// rounded away in bf16.
+    /// * Into a [`DType`]: dense elements. A 4-bit base is dequantised to its dtype first, as PEFT does. Even 16 bits lose:
+    ///   of a delta of a thousandth of the weight most is rounded away in bf16.
+    /// * Into 4 bits, by a [`Requantize`], which a 4-bit base needs: the sum is quantised again, with the same
+    ///   block size, codebook and double quantisation. This is where adapters get lost, so a merge that retains less than
+    ///   [`Requantize::min_gain`] is refused.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the shape does not fit, or a merged element is not finite: the adapter or the weight holds
-    /// an infinity or a NaN, or the sum overflows `dtype`.
-    pub fn merge<'a>(&self, weight: impl Into<Base<'a>>, dtype: DType) -> Result<Tensor> {
-        self.dense("weight", weight.into(), dtype, Direction::Merge)
+    /// [`Error::Argument`] when the shape does not fit, the target is 4-bit and the weight is not, or a merged element is
+    /// not finite (the adapter or the weight holds an infinity or a NaN, or the sum overflows the type).
+    /// [`Error::AdapterLost`], with the report, when too little would be left of the adapters.
+    pub fn merge<'a, T: Target>(&self, weight: impl Into<Base<'a>>, target: T) -> Result<Merged<T::Weight>> {
+        target.merge(&Change::new("weight", self, weight.into())?)
     }
 
-    /// `W = (W' - B' A') / row_scale` in `dtype`: PEFT's unmerge, with the row scale as it was when the stack was made.
+    /// `W = (W' - B' A') / row_scale`: PEFT's unmerge, with the row scale as it was when the stack was made.
     ///
-    /// This does not restore what the merge has rounded away. In f32 the weight comes back within an ulp or so of the
-    /// merged one; in bf16 some 8 to 15 % of the weights do not come back bit for bit when the delta is a tenth of them.
-    /// To restore every bit, keep the weight.
-    ///
-    /// # Errors
-    /// As [`Stack::merge`]. An output with a magnitude of 0 cannot be unmerged.
-    pub fn unmerge<'a>(&self, merged: impl Into<Base<'a>>, dtype: DType) -> Result<Tensor> {
-        self.dense("merged", merged.into(), dtype, Direction::Unmerge)
-    }
-
-    /// Dequantises `weight` to its dtype, merges in f32, and quantises the sum again, with the same block size, codebook
-    /// and double quantisation. The dtype stays (PEFT makes it f32 under LoRA; the bytes are the same).
-    ///
-    /// The result is off by some 9 % of its norm, like any 4-bit weight: the adapter's effect may drown in it.
+    /// This does not restore what the merge has rounded away, and says of how many elements that is so
+    /// ([`Unmerged::undetermined`]): in bf16 it is a tenth of them when the delta is a tenth of the weight. To restore every
+    /// bit, keep the weight.
     ///
     /// # Errors
-    /// As [`Stack::merge`].
-    pub fn merge_nf4(&self, weight: &Nf4Matrix) -> Result<Nf4Matrix> {
-        self.nf4("weight", weight, Direction::Merge)
-    }
-
-    /// The same for [`Stack::unmerge`]. It restores neither codes nor scales: what comes back has been quantised three times.
-    ///
-    /// # Errors
-    /// As [`Stack::unmerge`].
-    pub fn unmerge_nf4(&self, merged: &Nf4Matrix) -> Result<Nf4Matrix> {
-        self.nf4("merged", merged, Direction::Unmerge)
+    /// [`Error::Argument`] as [`Stack::merge`]. An output with a magnitude of 0 cannot be unmerged.
+    pub fn unmerge<'a, T: Target>(
+        &self,
+        merged: impl Into<Base<'a>>,
+        target: T,
+    ) -> Result<Unmerged<T::Weight>> {
+        target.unmerge(&Change::new("merged", self, merged.into())?)
     }
 
     /// The merged weight's bias: `bias + Σ scaling * lora_bias`, in `dtype`. None when there is neither.
@@ -96,128 +124,279 @@ impl Stack {
             }
         }
     }
-
-    fn dense(&self, argument: &str, weight: Base<'_>, dtype: DType, direction: Direction) -> Result<Tensor> {
-        weight.check_shape(argument, self.weight_shape())?;
-        let change = Change::new(self, weight, direction);
-        let data = match dtype {
-            DType::F32 => change.dense::<f32>(),
-            DType::F16 => change.dense::<f16>(),
-            DType::BF16 => change.dense::<bf16>(),
-        };
-        Tensor::new(self.weight_shape(), data.map_err(|i| self.refuse(argument, i, dtype))?)
-    }
-
-    fn nf4(&self, argument: &str, weight: &Nf4Matrix, direction: Direction) -> Result<Nf4Matrix> {
-        Base::Nf4(weight).check_shape(argument, self.weight_shape())?;
-        let change = Change::new(self, weight.into(), direction);
-        let (packed, absmax) = change.nf4(weight).map_err(|i| self.refuse(argument, i, DType::F32))?;
-        let absmax = match weight.absmax() {
-            Absmax::Plain(_) => Absmax::Plain(absmax),
-            Absmax::Nested(_) => Absmax::Nested(nest(&absmax)),
-        };
-        let (blocksize, codebook) = (weight.blocksize(), weight.codebook().clone());
-        Nf4Matrix::from_parts(self.weight_shape(), packed, absmax, blocksize, codebook, weight.dtype())
-    }
-
-    fn refuse(&self, argument: &str, element: usize, dtype: DType) -> Error {
-        let columns = self.weight_shape()[1];
-        let place = format!("{argument}[{}, {}], adapted", element / columns, element % columns);
-        Error::argument(place, format!("a finite {dtype}"), "infinity or NaN")
-    }
 }
 
-/// Which way to go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    Merge,
-    Unmerge,
+impl Pass<Tensor> for DType {
+    fn merge(self, change: &Change<'_>) -> Result<Merged<Tensor>> {
+        match self {
+            DType::F32 => change.merge_dense::<f32>(),
+            DType::F16 => change.merge_dense::<f16>(),
+            DType::BF16 => change.merge_dense::<bf16>(),
+        }
+    }
+
+    fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<Tensor>> {
+        match self {
+            DType::F32 => change.unmerge_dense::<f32>(),
+            DType::F16 => change.unmerge_dense::<f16>(),
+            DType::BF16 => change.unmerge_dense::<bf16>(),
+        }
+    }
 }
 
 /// A stack in f32, on the way into a weight or out of it.
-struct Change<'a> {
-    weight: Base<'a>,
+pub struct Change<'a> {
+    argument: &'static str,
+    pub(super) weight: Base<'a>,
     update: &'a Update,
     sides: Sides<f32>,
-    row_scale: Option<Vec<f32>>,
-    direction: Direction,
+    row_scale: Option<RowScale>,
+}
+
+/// DoRA's factors, `[out]`.
+struct RowScale {
+    factor: Vec<f32>,
+    /// `factor - 1`, rounded once.
+    excess: Vec<f32>,
+}
+
+/// Whole rows of a weight on their way, in f32.
+#[derive(Default)]
+pub(super) struct Panel {
+    /// As they are read.
+    pub weight: Vec<f32>,
+    /// In a merge, the wanted delta; in an unmerge, `B' A'`.
+    pub delta: Vec<f32>,
+    /// What is to be stored.
+    pub sum: Vec<f32>,
 }
 
 impl<'a> Change<'a> {
-    fn new(stack: &'a Stack, weight: Base<'a>, direction: Direction) -> Self {
-        let narrow = |v: f64| v as f32;
-        let row_scale = stack.row_scale.as_ref().map(|scale| scale.iter().copied().map(narrow).collect());
-        Self { weight, update: &stack.update, sides: stack.update.sides(narrow), row_scale, direction }
+    fn new(argument: &'static str, stack: &'a Stack, weight: Base<'a>) -> Result<Self> {
+        weight.check_shape(argument, stack.weight_shape())?;
+        let row_scale = stack.row_scale.as_ref().map(|scale| RowScale {
+            factor: scale.iter().map(|&v| v as f32).collect(),
+            excess: scale.iter().map(|&v| (v - 1.0) as f32).collect(),
+        });
+        Ok(Self {
+            argument,
+            weight,
+            update: &stack.update,
+            sides: stack.update.sides(|v| v as f32),
+            row_scale,
+        })
     }
 
-    /// The changed weight, or its first element that is not finite.
-    fn dense<T: Element>(&self) -> Result<Data, usize> {
-        let [rows, columns] = self.update.shape();
-        let panel = self.update.panel_rows(1) * columns;
-        let mut out = bytemuck::zeroed_vec::<T>(rows * columns);
-        let not_finite = out
-            .par_chunks_mut(panel.max(1))
-            .enumerate()
-            .map_init(Vec::new, |sum, (i, out)| {
-                self.panel(i * panel, out.len(), sum);
-                T::round(sum, out);
-                T::widen(out, sum);
-                not_finite(sum).map(|at| i * panel + at)
-            })
-            .flatten()
-            .min();
-        not_finite.map_or(Ok(T::into_data(out)), Err)
-    }
-
-    /// Codes and scales of the changed weight, or its first element that is not finite.
-    fn nf4(&self, weight: &Nf4Matrix) -> Result<(Vec<u8>, Vec<f32>), usize> {
+    /// Elements of a panel: whole rows, and whole blocks of `blocksize`.
+    pub(super) fn panel_len(&self, blocksize: usize) -> usize {
         let columns = self.update.shape()[1];
-        let (numel, blocksize) = (weight.numel(), weight.blocksize());
         // So many rows fill whole blocks.
         let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
-        let panel = (self.update.panel_rows(step) * columns).max(blocksize);
-        let mut packed = vec![0; packed_len(numel)];
-        let mut absmax = vec![0.0; block_count(numel, blocksize)];
-        let not_finite = packed
-            .par_chunks_mut(panel / 2)
-            .zip(absmax.par_chunks_mut(panel / blocksize))
-            .enumerate()
-            .map_init(Vec::new, |sum, (i, (packed, absmax))| {
-                self.panel(i * panel, panel.min(numel - i * panel), sum);
-                quantize(sum, blocksize, weight.codebook(), packed, absmax).expect("whole blocks");
-                not_finite(sum).map(|at| i * panel + at)
-            })
-            .flatten()
-            .min();
-        not_finite.map_or(Ok((packed, absmax)), Err)
+        (self.update.panel_rows(step) * columns).max(blocksize)
     }
 
-    /// Writes `len` changed elements, of whole rows from element `start` on, to `sum`.
-    fn panel(&self, start: usize, len: usize, sum: &mut Vec<f32>) {
-        let row = start / self.update.shape()[1];
-        sum.resize(len, 0.0);
-        self.weight.read(self.weight.dtype(), start, sum);
-        match self.direction {
-            Direction::Merge => {
-                self.scale(row, sum, |w, scale| w * scale);
-                self.sides.add_product(row, 1.0, sum);
-            }
-            Direction::Unmerge => {
-                self.sides.add_product(row, -1.0, sum);
-                self.scale(row, sum, |w, scale| w / scale);
+    /// Reads and merges `len` elements, of whole rows from element `start` on.
+    pub(super) fn merge_panel(&self, start: usize, len: usize, panel: &mut Panel) {
+        self.read(start, len, panel);
+        let Panel { weight, delta, sum } = panel;
+        self.apply(start, weight, delta, sum);
+        if let Some(RowScale { excess, .. }) = &self.row_scale {
+            self.scale(start, excess, delta, |i, d, excess| d + weight[i] * excess);
+        }
+    }
+
+    /// Reads and unmerges `len` elements, of whole rows from element `start` on.
+    pub(super) fn unmerge_panel(&self, start: usize, len: usize, panel: &mut Panel) {
+        self.read(start, len, panel);
+        let Panel { weight, delta, sum } = panel;
+        sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = *w - *d);
+        if let Some(RowScale { factor, .. }) = &self.row_scale {
+            self.scale(start, factor, sum, |_, w, factor| w / factor);
+        }
+    }
+
+    /// The weight and `B' A'` of whole rows.
+    fn read(&self, start: usize, len: usize, Panel { weight, delta, sum }: &mut Panel) {
+        for values in [&mut *weight, &mut *delta, sum] {
+            values.resize(len, 0.0);
+        }
+        self.weight.read(self.weight.dtype(), start, weight);
+        self.sides.product(start / self.update.shape()[1].max(1), delta);
+    }
+
+    /// `row_scale ⊙ W + B' A'` of whole rows.
+    fn apply(&self, start: usize, weight: &[f32], delta: &[f32], sum: &mut [f32]) {
+        match &self.row_scale {
+            None => sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = w + d),
+            Some(RowScale { factor, .. }) => {
+                sum.copy_from_slice(weight);
+                self.scale(start, factor, sum, |i, w, factor| w * factor + delta[i]);
             }
         }
     }
 
-    /// Applies the row scale to whole rows, from `row` on.
-    fn scale(&self, row: usize, panel: &mut [f32], apply: impl Fn(f32, f32) -> f32) {
-        let Some(row_scale) = &self.row_scale else { return };
-        for (i, weights) in panel.chunks_mut(self.update.shape()[1]).enumerate() {
+    /// Makes each element of whole rows what `change` makes of its index, itself and its output's factor.
+    fn scale(
+        &self,
+        start: usize,
+        factor: &[f32],
+        panel: &mut [f32],
+        change: impl Fn(usize, f32, f32) -> f32,
+    ) {
+        let columns = self.update.shape()[1].max(1);
+        for (i, row) in panel.chunks_mut(columns).enumerate() {
+            let elements = row.iter_mut().enumerate();
             match self.update.fan_in_fan_out {
-                true => weights.iter_mut().zip(row_scale).for_each(|(w, &scale)| *w = apply(*w, scale)),
-                false => weights.iter_mut().for_each(|w| *w = apply(*w, row_scale[row + i])),
+                true => elements.for_each(|(j, v)| *v = change(i * columns + j, *v, factor[j])),
+                false => {
+                    let factor = factor[start / columns + i];
+                    elements.for_each(|(j, v)| *v = change(i * columns + j, *v, factor));
+                }
             }
         }
+    }
+
+    fn merge_dense<T: Element>(&self) -> Result<Merged<Tensor>> {
+        let (weight, reports) = self.dense::<T, _>(|start, out, panel, before| {
+            self.merge_panel(start, out.len(), panel);
+            T::round(&panel.sum, out);
+            T::widen(out, &mut panel.sum);
+            self.check_finite(start, &panel.sum, T::DTYPE)?;
+            before.resize(out.len(), T::from_bits(0));
+            T::round(&panel.weight, before);
+            let mut report = panel.report();
+            count_changes(before, out, &mut report);
+            Ok(report)
+        })?;
+        Ok(Merged { weight, report: reports.into_iter().sum() })
+    }
+
+    fn unmerge_dense<T: Element>(&self) -> Result<Unmerged<Tensor>> {
+        let (weight, undetermined) = self.dense::<T, _>(|start, out, panel, neighbours| {
+            self.unmerge_panel(start, out.len(), panel);
+            T::round(&panel.sum, out);
+            T::widen(out, &mut panel.sum);
+            self.check_finite(start, &panel.sum, T::DTYPE)?;
+            Ok(self.undetermined(start, out, panel, neighbours))
+        })?;
+        Ok(Unmerged { weight, undetermined: undetermined.into_iter().sum() })
+    }
+
+    /// How many unmerged elements do not merge to what is in the panel's weight, or have a neighbour that does as well.
+    fn undetermined<T: Element>(
+        &self,
+        start: usize,
+        unmerged: &[T],
+        Panel { weight, delta, sum }: &mut Panel,
+        neighbours: &mut Vec<T>,
+    ) -> u64 {
+        let Base::Dense(merged) = self.weight else { return unmerged.len() as u64 };
+        let mut widened = vec![0.0; unmerged.len()];
+        let mut doubtful = vec![false; unmerged.len()];
+        for step in [-1, 0, 1] {
+            neighbours.clear();
+            neighbours.extend(unmerged.iter().map(|v| T::from_order(v.order().saturating_add(step))));
+            T::widen(neighbours, &mut widened);
+            self.apply(start, &widened, delta, sum);
+            round_to(merged.dtype(), sum);
+            for ((doubtful, merged), again) in doubtful.iter_mut().zip(&*weight).zip(&*sum) {
+                *doubtful |= (merged == again) != (step == 0);
+            }
+        }
+        doubtful.into_iter().map(u64::from).sum()
+    }
+
+    /// Has `pass` write all elements of a dense weight: it is given where a panel begins, the panel, and scratch. Returns
+    /// what it says of each panel, in order, or the error of the first panel that has one.
+    fn dense<T: Element, R: Send>(
+        &self,
+        pass: impl Fn(usize, &mut [T], &mut Panel, &mut Vec<T>) -> Result<R> + Sync,
+    ) -> Result<(Tensor, Vec<R>)> {
+        let [rows, columns] = self.update.shape();
+        let len = self.panel_len(1);
+        let mut out = bytemuck::zeroed_vec::<T>(rows * columns);
+        let results: Vec<Result<R>> = out
+            .par_chunks_mut(len)
+            .enumerate()
+            .map_init(Default::default, |(panel, scratch), (i, out)| pass(i * len, out, panel, scratch))
+            .collect();
+        let results = results.into_iter().collect::<Result<_>>()?;
+        Ok((Tensor::new([rows, columns], T::into_data(out))?, results))
+    }
+
+    /// Refuses infinities and NaN in the elements from `start` on, which are to be stored as `dtype`.
+    pub(super) fn check_finite(&self, start: usize, values: &[f32], dtype: DType) -> Result<()> {
+        let Some(i) = not_finite(values) else { return Ok(()) };
+        let (columns, element) = (self.update.shape()[1], start + i);
+        let place = format!("{}[{}, {}], adapted", self.argument, element / columns, element % columns);
+        Err(Error::argument(place, format!("a finite {dtype}"), values[i]))
+    }
+}
+
+impl Panel {
+    /// The report of a merge whose stored elements, widened, are in `sum` now; but for what is counted.
+    pub fn report(&self) -> MergeReport {
+        // Side by side, for vectors.
+        const LANES: usize = 8;
+        let mut sums = [[0.0f64; LANES]; 4];
+        let mut add = |lane: usize, weight: f32, delta: f32, merged: f32| {
+            let [w, d, m] = [weight, delta, merged].map(f64::from);
+            let realised = m - w;
+            let missed = realised - d;
+            for (sum, term) in sums.iter_mut().zip([w * w, d * d, realised * d, missed * missed]) {
+                sum[lane] += term;
+            }
+        };
+        let (weight, weight_rest) = self.weight.as_chunks::<LANES>();
+        let (delta, delta_rest) = self.delta.as_chunks::<LANES>();
+        let (merged, merged_rest) = self.sum.as_chunks::<LANES>();
+        for ((weight, delta), merged) in weight.iter().zip(delta).zip(merged) {
+            for lane in 0..LANES {
+                add(lane, weight[lane], delta[lane], merged[lane]);
+            }
+        }
+        for (lane, &weight) in weight_rest.iter().enumerate() {
+            add(lane, weight, delta_rest[lane], merged_rest[lane]);
+        }
+        let [weight, wanted, kept, error] = sums.map(|lanes| lanes.iter().sum());
+        MergeReport { weight, wanted, kept, error, elements: self.sum.len() as u64, ..Default::default() }
+    }
+}
+
+/// Counts the elements and the bytes that differ.
+fn count_changes<T: Element>(before: &[T], after: &[T], report: &mut MergeReport) {
+    // In u32, which makes vectors, of as many as it can count.
+    const RUN: usize = 1 << 20;
+    for (before, after) in before.chunks(RUN).zip(after.chunks(RUN)) {
+        let (mut changed, mut bytes) = (0u32, 0u32);
+        for (before, after) in before.iter().zip(after) {
+            let differ = before.bits() ^ after.bits();
+            changed += u32::from(differ != 0);
+            for byte in 0..size_of::<T>() {
+                bytes += u32::from((differ >> (8 * byte)) & 0xff != 0);
+            }
+        }
+        report.changed += u64::from(changed);
+        report.changed_bytes += u64::from(bytes);
+    }
+    report.bytes += size_of_val(after) as u64;
+}
+
+/// Rounds values to those of `dtype`.
+pub(super) fn round_to(dtype: DType, values: &mut [f32]) {
+    fn round<T: Element>(values: &mut [f32]) {
+        const RUN: usize = 256;
+        let mut rounded = [T::from_bits(0); RUN];
+        for values in values.chunks_mut(RUN) {
+            let rounded = &mut rounded[..values.len()];
+            T::round(values, rounded);
+            T::widen(rounded, values);
+        }
+    }
+    match dtype {
+        DType::F32 => {}
+        DType::F16 => round::<f16>(values),
+        DType::BF16 => round::<bf16>(values),
     }
 }
 

@@ -26,8 +26,9 @@
 //! let x = Tensor::from_f32([2], &[1.0, 1.0], DType::F32)?;
 //! assert_eq!(stack.forward(&x, &weight, None)?, [3.0, 7.0]);
 //! let merged = stack.merge(&weight, DType::F32)?;
-//! assert_eq!(merged.to_f32(), [3.0, 0.0, 7.0, 0.0]);
-//! assert_eq!(stack.unmerge(&merged, DType::F32)?, weight);
+//! assert_eq!(merged.weight.to_f32(), [3.0, 0.0, 7.0, 0.0]);
+//! assert_eq!(merged.report.retained_gain(), 1.0);
+//! assert_eq!(stack.unmerge(&merged.weight, DType::F32)?.weight, weight);
 //! # Ok::<(), lora_kernels::Error>(())
 //! ```
 
@@ -38,6 +39,8 @@ mod embedding;
 mod extract;
 mod lora;
 mod merge;
+mod report;
+mod requantize;
 mod stack;
 mod update;
 
@@ -47,6 +50,9 @@ pub use dora::Dora;
 pub use embedding::EmbeddingLora;
 pub use extract::{Extraction, extract};
 pub use lora::{Lora, Scaling};
+pub use merge::{Merged, Target, Unmerged};
+pub use report::MergeReport;
+pub use requantize::{Requantize, Rounding, Scale};
 pub use stack::Stack;
 
 use crate::{Error, Result, Tensor};

@@ -81,7 +81,7 @@ impl Update {
         let (sides, panel_rows) = (self.sides(|v| v), self.panel_rows(1));
         let mut delta = zeros("delta", rows, columns)?;
         delta.par_chunks_mut((panel_rows * columns).max(1)).enumerate().for_each(|(i, panel)| {
-            sides.add_product(i * panel_rows, 1.0, panel);
+            sides.product(i * panel_rows, panel);
         });
         Ok(delta)
     }
@@ -95,7 +95,7 @@ impl Update {
             .into_par_iter()
             .map(|panel| {
                 let mut sum = read(base, base.dtype(), panel.clone(), columns);
-                sides.add_product(panel.start, 1.0, &mut sum);
+                sides.add_product(panel.start, &mut sum);
                 sum.iter_mut().for_each(|v| *v *= *v);
                 if self.fan_in_fan_out { sum_rows(&sum, columns) } else { sum_columns(&sum, panel.len()) }
             })
@@ -116,8 +116,20 @@ pub(super) struct Sides<R> {
 }
 
 impl<R: RealField> Sides<R> {
-    /// Adds `factor` times the delta of whole rows, from `row` on.
-    pub fn add_product(&self, row: usize, factor: R, panel: &mut [R]) {
+    /// Writes the delta of whole rows, from `row` on.
+    pub fn product(&self, row: usize, panel: &mut [R]) {
+        if self.right.is_empty() {
+            panel.fill(R::zero_impl());
+        }
+        self.multiply(row, Accum::Replace, panel);
+    }
+
+    /// Adds the delta of whole rows, from `row` on.
+    pub fn add_product(&self, row: usize, panel: &mut [R]) {
+        self.multiply(row, Accum::Add, panel);
+    }
+
+    fn multiply(&self, row: usize, accum: Accum, panel: &mut [R]) {
         let [rows, columns] = self.shape;
         if panel.is_empty() || self.right.is_empty() {
             return;
@@ -127,7 +139,7 @@ impl<R: RealField> Sides<R> {
         let right = MatRef::from_row_major_slice(&self.right, rank, columns);
         let count = panel.len() / columns;
         let panel = MatMut::from_row_major_slice_mut(panel, count, columns);
-        matmul(panel, Accum::Add, left.subcols(row, count).transpose(), right, factor, Par::Seq);
+        matmul(panel, accum, left.subcols(row, count).transpose(), right, R::one_impl(), Par::Seq);
     }
 }
 

@@ -26,6 +26,7 @@ pub use dynamic_map::DYNAMIC_MAP;
 pub use matrix::{Nesting, Nf4Matrix};
 pub use nested::{Absmax, NESTED_BLOCKSIZE, NestedAbsmax, nest, nest_about};
 pub use quantize::quantize;
+pub(crate) use quantize::{Coder, largest_magnitude};
 
 use crate::{Error, Result};
 

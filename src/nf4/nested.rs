@@ -102,8 +102,41 @@ impl NestedAbsmax {
         self.blocksize
     }
 
-    fn get(&self, block: usize) -> f32 {
-        self.map[usize::from(self.q[block])] * self.absmax[block / self.blocksize] + self.offset
+    /// The scale of one block. Panics when there is no such block.
+    pub(crate) fn get(&self, block: usize) -> f32 {
+        self.scale(block, self.q[block])
+    }
+
+    /// The scale that a block would have with the index `q`.
+    pub(crate) fn scale(&self, block: usize, q: u8) -> f32 {
+        self.map[usize::from(q)] * self.absmax[block / self.blocksize] + self.offset
+    }
+
+    /// Other indexes, as many as these.
+    pub(crate) fn with_q(self, q: Vec<u8>) -> Self {
+        assert_eq!(q.len(), self.q.len());
+        Self { q, ..self }
+    }
+
+    /// The nearest that these offset, map and nested scales have to other scales, as many as these. A nested scale whose
+    /// range they exceed becomes what [`nest_about`] takes.
+    pub(crate) fn nearest_to(&self, scales: &[f32]) -> Self {
+        assert_eq!(scales.len(), self.q.len());
+        let bound = |pick: fn(f32, f32) -> f32| self.map.iter().copied().fold(0.0, pick);
+        let (lowest, highest) = (bound(f32::min), bound(f32::max));
+        let mut nested = Self { q: Vec::with_capacity(scales.len()), ..self.clone() };
+        for (scales, nested_scale) in scales.chunks(self.blocksize).zip(&mut nested.absmax) {
+            let centred: Vec<f32> = scales.iter().map(|scale| scale - self.offset).collect();
+            let fits = |x: &f32| (lowest * *nested_scale..=highest * *nested_scale).contains(x);
+            if !centred.iter().all(fits) {
+                *nested_scale = largest_magnitude(&centred);
+            }
+            nested.q.extend(centred.iter().map(|x| {
+                let missed = |q: &u8| (self.map[usize::from(*q)] * *nested_scale - x).abs();
+                (0..=255).min_by(|a, b| missed(a).total_cmp(&missed(b))).expect("256 of them")
+            }));
+        }
+        nested
     }
 }
 

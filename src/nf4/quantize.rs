@@ -35,7 +35,7 @@ pub fn quantize<T: Element>(
 }
 
 /// A codebook, prepared for whole blocks.
-struct Coder<'a> {
+pub(crate) struct Coder<'a> {
     thresholds: &'a [f32; 15],
     /// From the ranks of two elements (how many thresholds each is above) to the byte of their codes.
     bytes: [u8; 256],
@@ -43,7 +43,7 @@ struct Coder<'a> {
 }
 
 impl<'a> Coder<'a> {
-    fn new(codebook: &'a Codebook) -> Self {
+    pub fn new(codebook: &'a Codebook) -> Self {
         let codes = codebook.codes();
         let bytes = std::array::from_fn(|ranks| (codes[ranks >> 4] << 4) | codes[ranks & 15]);
         let zero_rank = codebook.thresholds().iter().filter(|&&t| 0.0 > t).count() as u8;
@@ -62,10 +62,20 @@ impl<'a> Coder<'a> {
             for ((x, ranks), absmax) in blocks {
                 *absmax = self.block(x, ranks);
             }
-            for (byte, [first, second]) in packed.iter_mut().zip(ranks.as_chunks().0) {
-                *byte = self.bytes[usize::from((first << 4) | second)];
-            }
+            self.pack(ranks, packed);
         }
+    }
+
+    /// Packs the codes of so many ranks as `packed` takes.
+    pub fn pack(&self, ranks: &[u8], packed: &mut [u8]) {
+        for (byte, [first, second]) in packed.iter_mut().zip(ranks.as_chunks().0) {
+            *byte = self.bytes[usize::from((first << 4) | second)];
+        }
+    }
+
+    /// The rank of zero, which also fills the last byte of an odd number of elements.
+    pub fn zero_rank(&self) -> u8 {
+        self.zero_rank
     }
 
     /// How many thresholds each lane is above; all lanes side by side, which compilers make vectors of.
@@ -81,8 +91,14 @@ impl<'a> Coder<'a> {
 
     /// Writes the rank of each element of one block, and returns its absmax.
     fn block(&self, x: &[f32], ranks: &mut [u8]) -> f32 {
-        let ranks = &mut ranks[..x.len()]; // the missing second of the last pair is not ours
         let absmax = largest_magnitude(x);
+        self.nearest(x, absmax, &mut ranks[..x.len()]); // the missing second of the last pair is not ours
+        absmax
+    }
+
+    /// Writes the ranks of the nearest values of a block that is stored with the scale `absmax`; that of zero when the
+    /// scale is not above zero.
+    pub fn nearest(&self, x: &[f32], absmax: f32, ranks: &mut [u8]) {
         if absmax > 0.0 {
             let (lift, inverse) = normaliser(absmax);
             let (lanes, rest) = x.as_chunks::<16>();
@@ -96,12 +112,11 @@ impl<'a> Coder<'a> {
         } else {
             ranks.fill(self.zero_rank);
         }
-        absmax
     }
 }
 
 /// `max |x|`, or NaN when an element is not finite.
-pub(super) fn largest_magnitude(x: &[f32]) -> f32 {
+pub(crate) fn largest_magnitude(x: &[f32]) -> f32 {
     // The order of magnitudes is that of their bits, and what is not finite lies above all that is.
     const INFINITY: i32 = f32::INFINITY.to_bits() as i32;
     let largest = x.iter().map(|v| v.abs().to_bits() as i32).fold(0, i32::max);
