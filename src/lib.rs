@@ -10,6 +10,8 @@
 //!
 //! `m` is 1, or DoRA's `magnitude / ‖W + s B A‖`.
 //!
+//! The [`guide`] explains formats, numerics and kernels, and how to come from bitsandbytes and PEFT.
+//!
 //! # Where to begin
 //!
 //! [`formats`] reads models and adapters, [`adapter::Stack`] is an adapter (or several) on a weight, and
@@ -75,6 +77,7 @@ pub mod cuda;
 mod dtype;
 mod error;
 pub mod formats;
+pub mod guide;
 pub mod nf4;
 pub mod tensor;
 
