@@ -5,7 +5,7 @@ mod fixtures;
 
 use fixtures::{Fixture, size, text};
 use half::{bf16, f16};
-use lora_kernels::cpu::{self, Accumulate, LowRank, MatmulExtras, Truth, Weight};
+use lora_kernels::cpu::{self, Accumulate, Dropout, LowRank, MatmulExtras, Truth, Weight};
 use lora_kernels::formats::bitsandbytes;
 use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element, Error};
@@ -18,7 +18,7 @@ const F32: f64 = DType::F32.unit_roundoff();
 /// How far an f32 path may be from the truth, before and after the last rounding.
 ///
 /// A term of the longest sum, `row_scale * scaling * (x a) b`, is rounded: once as a product and once in each addition, in
-/// both sums (rank + K, and once per run of 512 inputs); by scaling; when the adapter is added to the base; by row_scale;
+/// both sums (rank + K, and once per run of 512 inputs); by scaling, twice with dropout; when the adapter is added to the base; by row_scale;
 /// when the bias is added. After c roundings it is off by (1 + u)^c - 1 <= c u / (1 - c u) of itself (Higham, Accuracy and
 /// Stability of Numerical Algorithms, lemma 3.1), and so the sum by that share of the magnitudes' sum.
 fn bound<T: Element>(truth: Truth, k: usize, rank: usize) -> f64 {
@@ -48,6 +48,7 @@ struct Case<T, A> {
     /// A, B, rank, scaling.
     adapters: Vec<(Vec<A>, Vec<A>, usize, f32)>,
     index: Option<Vec<i32>>,
+    dropout: Option<Dropout>,
 }
 
 impl<T: Element, A: Element> Case<T, A> {
@@ -70,6 +71,7 @@ impl<T: Element, A: Element> Case<T, A> {
             row_scale: self.row_scale.as_deref(),
             adapters: &adapters,
             adapter_index: self.index.as_deref(),
+            dropout: self.dropout,
         };
         run(&self.x, self.m, &self.weight(), &extras)
     }
@@ -119,6 +121,7 @@ impl<T: Element, A: Element> Case<T, A> {
             m: 1,
             x: self.x[i * self.k..(i + 1) * self.k].to_vec(),
             index: self.index.as_ref().map(|index| vec![index[i]]),
+            dropout: self.dropout.map(|dropout| dropout.with_first_token(i as u32)),
             n: self.n,
             k: self.k,
             dense: self.dense.clone(),
@@ -130,16 +133,16 @@ impl<T: Element, A: Element> Case<T, A> {
     }
 }
 
-/// A random product: `parts` says which of nf4, nesting, bias, row_scale, index it has.
+/// A random product: `parts` says which of nf4, nesting, bias, row_scale, index, dropout it has.
 fn random_case<T: Element, A: Element>(
     [m, n, k]: [usize; 3],
     ranks: &[usize],
-    parts: [bool; 5],
+    parts: [bool; 6],
     seed: u64,
 ) -> Case<T, A> {
     let mut random = StdRng::seed_from_u64(seed);
     let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| random.random_range(-1.0..1.0)).collect() };
-    let [nf4, nested, bias, row_scale, index] = parts;
+    let [nf4, nested, bias, row_scale, index, dropout] = parts;
     let (x, dense) = (to(&values(m * k)), to::<T>(&values(n * k)));
     let nesting = if nested { Nesting::Nested } else { Nesting::Plain };
     let blocksize = [32, 64, 128, 256][seed as usize % 4];
@@ -149,7 +152,8 @@ fn random_case<T: Element, A: Element>(
     let adapters = ranks.iter().map(|&r| (to(&values(r * k)), to(&values(n * r)), r, values(1)[0])).collect();
     let count = ranks.len() as i32;
     let index = index.then(|| (0..m).map(|_| random.random_range(-1..count)).collect());
-    Case { m, n, k, x, dense, nf4, bias, row_scale, adapters, index }
+    let dropout = dropout.then(|| Dropout::new([0.1, 0.5, 0.0][seed as usize % 3], seed, seed ^ 5).unwrap());
+    Case { m, n, k, x, dense, nf4, bias, row_scale, adapters, index, dropout }
 }
 
 proptest! {
@@ -159,7 +163,7 @@ proptest! {
     fn within_the_bound(
         shape in [0usize..40, 0usize..70, 0usize..1200],
         ranks in prop::collection::vec(0usize..40, 0..5),
-        parts: [bool; 5],
+        parts: [bool; 6],
         seed: u64,
     ) {
         random_case::<f32, f32>(shape, &ranks, parts, seed).check()?;
@@ -171,7 +175,7 @@ proptest! {
     fn a_token_has_the_same_bits_in_every_batch(
         shape in [1usize..70, 1usize..70, 0usize..1200],
         ranks in prop::collection::vec(0usize..40, 0..5),
-        parts: [bool; 5],
+        parts: [bool; 6],
         seed: u64,
     ) {
         let case = random_case::<f32, f32>(shape, &ranks, parts, seed);
@@ -190,7 +194,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// More tokens than one pass over the weight takes.
 #[test]
 fn many_tokens() {
-    let case = random_case::<f32, f32>([1100, 33, 70], &[3, 8], [true; 5], 1);
+    let case = random_case::<f32, f32>([1100, 33, 70], &[3, 8], [true; 6], 1);
     case.check().unwrap();
     let together = case.fast();
     for i in [0, 511, 512, 1024, 1099] {
@@ -201,7 +205,8 @@ fn many_tokens() {
 /// A value that is not finite stays with its token, its output or its adapter's tokens.
 #[test]
 fn infinities_do_not_spread() {
-    let mut case = random_case::<f32, f32>([20, 40, 64], &[4, 4], [false, false, false, false, true], 3);
+    let mut case =
+        random_case::<f32, f32>([20, 40, 64], &[4, 4], [false, false, false, false, true, false], 3);
     case.index = Some((0..20).map(|i| i % 3 - 1).collect());
     case.x[5 * 64] = f32::INFINITY; // token 5, of adapter 1
     case.dense[7 * 64 + 1] = f32::NAN; // output 7
@@ -254,6 +259,7 @@ fn checkpoint_layer<T: Element>(
         row_scale: None,
         adapters: Vec::new(),
         index: None,
+        dropout: None,
     };
     let wanted = file.get::<f64>(&format!("{}.{wanted}", text(json, "name")));
     for (truth, wanted) in case.truth().iter().zip(&wanted) {
@@ -309,6 +315,7 @@ fn mixed_batch<T: Element>(file: &Fixture, pattern: &str, nf4: bool, wanted: &[f
         row_scale: None,
         adapters: adapters.collect(),
         index: Some(index),
+        dropout: None,
     };
     for (truth, wanted) in case.truth().iter().zip(wanted) {
         // `share` for roundings to f32; f64 sums of K and of a rank's terms are below a millionth of that.
@@ -323,7 +330,7 @@ fn mixed_batch<T: Element>(file: &Fixture, pattern: &str, nf4: bool, wanted: &[f
 fn bad_arguments() {
     type Product = Case<f32, f32>;
     let refuse = |argument: &str, spoil: &dyn Fn(&mut Product)| {
-        let mut case = random_case([3, 5, 64], &[2, 4], [false, false, true, true, true], 5);
+        let mut case = random_case([3, 5, 64], &[2, 4], [false, false, true, true, true, true], 5);
         spoil(&mut case);
         let y_len = if argument == "y" { 14 } else { 15 };
         let mut y = vec![7.0f32; y_len];

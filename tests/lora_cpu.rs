@@ -49,7 +49,7 @@ impl<T: Element, A: Element> Batch<T, A> {
         // What is there before must not matter.
         let mut v = vec![f32::NAN; m * self.max_rank()];
         let (adapters, index) = (self.adapters(), Some(self.index.as_slice()));
-        cpu::lora_shrink(&self.x, [m, self.k], &adapters, index, self.max_rank(), &mut v).unwrap();
+        cpu::lora_shrink(&self.x, [m, self.k], &adapters, index, None, self.max_rank(), &mut v).unwrap();
         v
     }
 
@@ -252,7 +252,7 @@ fn misfits_are_refused_and_nothing_is_written() {
     let none: Option<&[i32]> = None;
     let mut v = [7.0f32; 6];
     let mut shrink = |x: &[f32], adapter: LowRank<'_, f32>, index, columns, len: usize| {
-        let result = cpu::lora_shrink(x, [3, 3], &[adapter], index, columns, &mut v[..len]);
+        let result = cpu::lora_shrink(x, [3, 3], &[adapter], index, None, columns, &mut v[..len]);
         assert_eq!(v, [7.0; 6]);
         result
     };

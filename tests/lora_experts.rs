@@ -78,7 +78,7 @@ fn rows_choose_an_adapter_and_an_expert() {
 
     let reference: Vec<_> = adapters.iter().map(Adapter::as_cpu).collect();
     let (mut v, mut got) = (vec![0.0; rows * 16], y.clone());
-    cpu::lora_shrink(&x, [rows, K], &reference, Some(&index), 16, &mut v).unwrap();
+    cpu::lora_shrink(&x, [rows, K], &reference, Some(&index), None, 16, &mut v).unwrap();
     cpu::lora_expand(&v, 16, &reference, Some(&index), [rows, N], &mut got).unwrap();
     assert_eq!(got, wanted);
 

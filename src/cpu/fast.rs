@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::lora_shrink::branch_scale;
 use super::matmul::{Shape, check};
 use super::{LowRank, MatmulExtras, Weight};
 use crate::nf4::check_len;
@@ -64,7 +65,11 @@ fn run_pass<T: Element, A: Element>(
         let tokens: Vec<usize> = tokens.iter().copied().filter(theirs).collect();
         if !tokens.is_empty() {
             let columns: Vec<usize> = tokens.iter().map(|i| i - first).collect();
-            sums.add(&low_rank(&gather(&tokens), adapter, n), &columns);
+            let x = Tiles::new(&tokens, k, |i, row| {
+                T::widen(&x[i * k..(i + 1) * k], row);
+                extras.dropout.inspect(|dropout| dropout.mask(i, 0.0, row));
+            });
+            sums.add(&low_rank(&x, adapter, branch_scale(adapter, extras.dropout.as_ref()), n), &columns);
         }
     }
     sums.write(y, |n, sum| {
@@ -74,10 +79,10 @@ fn run_pass<T: Element, A: Element>(
 }
 
 /// `(scaling · x Aᵀ) Bᵀ`, for tokens of one adapter.
-fn low_rank<A: Element>(x: &Tiles, adapter: &LowRank<'_, A>, n: usize) -> Tiles {
+fn low_rank<A: Element>(x: &Tiles, adapter: &LowRank<'_, A>, scaling: f32, n: usize) -> Tiles {
     let rows = |matrix: &[A], start: usize, row: &mut [f32]| A::widen(&matrix[start..start + row.len()], row);
     let mut v = x.times(adapter.rank, |start, row| rows(adapter.lora_a, start, row));
-    v.values.as_flattened_mut().iter_mut().for_each(|v| *v *= adapter.scaling);
+    v.values.as_flattened_mut().iter_mut().for_each(|v| *v *= scaling);
     v.times(n, |start, row| rows(adapter.lora_b, start, row))
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::{Add, Mul};
 
+use super::Dropout;
 use crate::nf4::{Nf4Matrix, check_len};
 use crate::{Element, Error, Result};
 
@@ -45,11 +46,13 @@ pub struct MatmulExtras<'a, T, A = T> {
     pub adapters: &'a [LowRank<'a, A>],
     /// `[M]`: each token's adapter, -1 for none. Without it every token has the first adapter, if there is one.
     pub adapter_index: Option<&'a [i32]>,
+    /// Of the inputs of adapters, in training.
+    pub dropout: Option<Dropout>,
 }
 
 impl<T, A> Default for MatmulExtras<'_, T, A> {
     fn default() -> Self {
-        Self { bias: None, row_scale: None, adapters: &[], adapter_index: None }
+        Self { bias: None, row_scale: None, adapters: &[], adapter_index: None, dropout: None }
     }
 }
 
@@ -76,7 +79,7 @@ pub struct Truth {
 ///
 /// `y[i, n] = round_T(row_scale[n] * (Σ_k x[i, k] w[n, k] + Σ_r v[i, r] B[n, r]) + bias[n])`, where
 /// `v[i, r] = scaling * Σ_k x[i, k] A[r, k]`, with A, B and scaling of the adapter of token `i`
-/// (LoRA, arXiv:2106.09685; `row_scale` from DoRA, arXiv:2402.09353).
+/// (LoRA, arXiv:2106.09685; `row_scale` from DoRA, arXiv:2402.09353). With dropout v is that of [`super::lora_shrink`].
 ///
 /// # Errors
 /// [`Error::Argument`] when a length does not fit, a 4-bit weight is not a matrix, or a token's adapter does not exist. `y`
@@ -160,7 +163,13 @@ fn product<T: Element, A: Element, R: Real>(
         .map(|i| {
             let Some(adapter) = extras.adapter(i) else { return Vec::new() };
             let a: Vec<R> = adapter.lora_a.iter().map(|v| real(v.to_f32())).collect();
-            (0..adapter.rank).map(|r| real(adapter.scaling) * dot(token(i), &a[r * k..(r + 1) * k])).collect()
+            let mut scaling = real(adapter.scaling);
+            let mut x = token(i).to_vec();
+            if let Some(dropout) = extras.dropout {
+                scaling = scaling * real(dropout.scale());
+                dropout.mask(i, R::ZERO, &mut x);
+            }
+            (0..adapter.rank).map(|r| scaling * dot(&x, &a[r * k..(r + 1) * k])).collect()
         })
         .collect();
 

@@ -22,7 +22,8 @@ mod quantize;
 
 pub use codebook::{Codebook, QuantType};
 pub use dequantize::dequantize;
-pub use dynamic_map::DYNAMIC_MAP;
+pub use dynamic_map::{DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP};
+pub(crate) use dynamic_map::{decode, encode};
 pub use matrix::{Nesting, Nf4Matrix};
 pub use nested::{Absmax, NESTED_BLOCKSIZE, NestedAbsmax, nest, nest_about};
 pub use quantize::quantize;

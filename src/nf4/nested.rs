@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::quantize::{largest_magnitude, normaliser};
+use super::dynamic_map::encode;
 use super::{DYNAMIC_MAP, block_count, check_blocksize, check_len};
 use crate::Result;
 
@@ -155,18 +155,15 @@ pub fn nest(absmax: &[f32]) -> NestedAbsmax {
 /// (bitsandbytes' offset is the mean too, but in an order of f32 additions that differs between its backends.)
 pub fn nest_about(absmax: &[f32], offset: f32) -> NestedAbsmax {
     let mut nested = NestedAbsmax {
-        q: Vec::with_capacity(absmax.len()),
+        q: vec![0; absmax.len()],
         absmax: Vec::with_capacity(block_count(absmax.len(), NESTED_BLOCKSIZE)),
         map: Box::new(DYNAMIC_MAP),
         offset,
         blocksize: NESTED_BLOCKSIZE,
     };
-    for block in absmax.chunks(NESTED_BLOCKSIZE) {
+    for (block, q) in absmax.chunks(NESTED_BLOCKSIZE).zip(nested.q.chunks_mut(NESTED_BLOCKSIZE)) {
         let centred: Vec<f32> = block.iter().map(|a| a - offset).collect();
-        let scale = largest_magnitude(&centred);
-        let (lift, inverse) = if scale > 0.0 { normaliser(scale) } else { (1.0, 0.0) };
-        nested.q.extend(centred.iter().map(|x| nearest(x * lift * inverse)));
-        nested.absmax.push(scale);
+        nested.absmax.push(encode(&DYNAMIC_MAP, &centred, q));
     }
     nested
 }
@@ -182,13 +179,4 @@ fn sum(values: &[f32]) -> f64 {
         lanes = lanes.chunks_exact(2).map(|pair| pair[0] + pair[1]).collect();
     }
     lanes[0]
-}
-
-/// The index of the nearest value of [`DYNAMIC_MAP`], as bitsandbytes' binary search ends: halfway, the even one.
-fn nearest(x: f32) -> u8 {
-    let above = DYNAMIC_MAP.partition_point(|&value| value < x).clamp(1, 255);
-    let below = above - 1;
-    let middle = (DYNAMIC_MAP[below] + DYNAMIC_MAP[above]) * 0.5;
-    let index = if x > middle || (x == middle && above % 2 == 0) { above } else { below };
-    index as u8
 }

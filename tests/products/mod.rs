@@ -178,6 +178,7 @@ impl<T: Element, A: Element> Problem<T, A> {
             row_scale: self.row_scale.as_deref(),
             adapters: &adapters,
             adapter_index: self.index.as_deref(),
+            dropout: None,
         };
         let weight = cpu::Weight::Dense { data: &weight, n: self.n, k: self.k };
         cpu::truth(&widen(&self.x), self.tokens, &weight, &extras).unwrap()

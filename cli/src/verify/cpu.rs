@@ -125,6 +125,7 @@ fn matmul<T: Element, A: Element>(x: &Tensor, weight: Weight<'_>, extras: Extras
         row_scale: extras.row_scale,
         adapters: &adapters,
         adapter_index: extras.adapter_index,
+        dropout: None,
     };
     let mut y = vec![T::from_f32(0.0); m * n];
     cpu::matmul(elements(x), m, &weight.typed::<T>(), &extras, Accumulate::F32, &mut y)?;
