@@ -277,7 +277,7 @@ fn misfits_are_refused_and_nothing_is_written() {
     refused(expand(&v, adapter, Some(&[0, 0, i32::MAX]), 2, 12), "adapter_index[2]");
 
     // Nothing to do is fine.
-    cpu::lora_shrink::<f32, f32>(&[], [0, 3], &[adapter], none, 2, &mut []).unwrap();
+    cpu::lora_shrink::<f32, f32>(&[], [0, 3], &[adapter], none, None, 2, &mut []).unwrap();
     cpu::lora_expand::<f32, f32>(&[], 2, &[adapter], none, [0, 4], &mut []).unwrap();
     cpu::lora_expand::<f32, f32>(&v, 2, &[], none, [3, 4], &mut y).unwrap();
     assert_eq!(y, [7.0; 12]);
