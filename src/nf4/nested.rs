@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::dynamic_map::encode;
+use super::quantize::largest_magnitude;
 use super::{DYNAMIC_MAP, block_count, check_blocksize, check_len};
 use crate::Result;
 
