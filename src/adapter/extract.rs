@@ -1,93 +1,178 @@
-use faer::MatRef;
+use super::svd::{Decomposition, Matrix, Rank, Svd, round};
+use super::{Adapter, Base, Lora};
+use crate::{DType, Error, Result};
 
-use super::{Lora, check_shape};
-use crate::tensor::Data;
-use crate::{DType, Element, Error, Result, Tensor};
+/// Elements that are read at a time.
+const RUN: usize = 256;
 
-/// The best update of a given rank, from one weight to another: of all `B A` of that rank none is nearer to the
-/// difference, in the Frobenius norm and in the spectral norm (Eckart and Young 1936).
+/// What training has changed: one weight less another. Neither is copied; 4-bit blocks are dequantised to their dtype.
+///
+/// ```
+/// use lora_kernels::adapter::Difference;
+/// use lora_kernels::{DType, Tensor};
+///
+/// let base = Tensor::from_f32([2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], DType::F32)?;
+/// let tuned = Tensor::from_f32([2, 3], &[2.0, 2.0, 4.0, 6.0, 5.0, 8.0], DType::F32)?;
+/// let extraction = Difference::between(&base, &tuned)?.extract(1)?;
+/// assert!(extraction.frobenius_error() < 1e-12);
+/// let lora = extraction.lora(DType::F32)?;
+/// assert_eq!((lora.lora_a().shape(), lora.lora_b().shape()), (&[1, 3][..], &[2, 1][..]));
+/// # Ok::<(), lora_kernels::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct Difference<'a> {
+    base: Base<'a>,
+    tuned: Base<'a>,
+    rows: usize,
+    columns: usize,
+    norm: f64,
+    fan_in_fan_out: bool,
+    method: Decomposition,
+}
+
+impl<'a> Difference<'a> {
+    /// `tuned - base`, of weights `[out, in]` whose types may differ. Both are read once.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the weights are not matrices of one shape, or an element is not finite.
+    pub fn between(base: impl Into<Base<'a>>, tuned: impl Into<Base<'a>>) -> Result<Self> {
+        let (base, tuned) = (base.into(), tuned.into());
+        let &[rows, columns] = base.shape() else {
+            return Err(Error::argument("base", "a matrix", format!("shape {:?}", base.shape())));
+        };
+        tuned.check_shape("tuned", [rows, columns])?;
+        let difference = Self {
+            base,
+            tuned,
+            rows,
+            columns,
+            norm: 0.0,
+            fan_in_fan_out: false,
+            method: Decomposition::default(),
+        };
+        let norm = difference.with_matrix(|matrix| matrix.norm()).map_err(|([row, column], value)| {
+            Error::argument(format!("tuned - base at [{row}, {column}]"), "a finite number", value)
+        })?;
+        Ok(Self { norm, ..difference })
+    }
+
+    /// For weights that are stored `[in, out]`.
+    pub fn with_fan_in_fan_out(self, fan_in_fan_out: bool) -> Self {
+        Self { fan_in_fan_out, ..self }
+    }
+
+    /// With another way to compute singular values.
+    pub fn with_decomposition(self, method: Decomposition) -> Self {
+        Self { method, ..self }
+    }
+
+    /// `||tuned - base||` in the Frobenius norm; 0 where nothing has changed.
+    pub fn norm(&self) -> f64 {
+        self.norm
+    }
+
+    /// The best update of this rank: of all `B A` of that rank none is nearer to the difference, in the Frobenius norm and in the
+    /// spectral norm (Eckart and Young 1936). Of `tuned - base = U diag(σ) Vᵀ` it keeps the largest σ: `lora_b = U sqrt(σ)`,
+    /// `lora_a = sqrt(σ) Vᵀ`, with a scaling of 1.
+    ///
+    /// By subspace iteration ([`Decomposition`]) it is the best one as far as the iteration has come. Where singular values fall
+    /// off slowly that may be a little less; [`Extraction::frobenius_error`] is that of the update as it is.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the rank exceeds the smaller side, or the energy is not a share.
+    pub fn extract(&self, rank: impl Into<Rank>) -> Result<Extraction> {
+        let svd = self.with_matrix(|matrix| matrix.svd(rank.into(), self.method, self.norm))?;
+        Ok(Extraction { svd, fan_in_fan_out: self.fan_in_fan_out })
+    }
+
+    /// `||tuned - base - delta||` in the Frobenius norm: what an adapter, with its factors rounded as they are, leaves out.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the adapter belongs to a weight of another shape.
+    pub fn rest(&self, adapter: &Adapter) -> Result<f64> {
+        let wanted = adapter.weight_shape();
+        if [self.rows, self.columns] != wanted {
+            let got = format!("one for {wanted:?}");
+            return Err(Error::argument("adapter", format!("one for {:?}", [self.rows, self.columns]), got));
+        }
+        let (left, right) = super::update::Update::of(adapter).sides(|v| v).into_factors();
+        Ok(self.with_matrix(|matrix| matrix.rest(&left, &right, adapter.rank())))
+    }
+
+    /// Runs `f` on the difference.
+    fn with_matrix<R>(&self, f: impl FnOnce(&Matrix<'_>) -> R) -> R {
+        let read = |row: usize, column: usize, out: &mut [f64]| {
+            let (mut base, mut tuned) = ([0.0; RUN], [0.0; RUN]);
+            for (i, out) in out.chunks_mut(RUN).enumerate() {
+                let (start, n) = (row * self.columns + column + i * RUN, out.len());
+                self.base.read(self.base.dtype(), start, &mut base[..n]);
+                self.tuned.read(self.tuned.dtype(), start, &mut tuned[..n]);
+                for ((out, base), tuned) in out.iter_mut().zip(base).zip(tuned) {
+                    *out = f64::from(tuned) - f64::from(base);
+                }
+            }
+        };
+        f(&Matrix { rows: self.rows, columns: self.columns, read: &read })
+    }
+}
+
+/// An update of low rank, in f64, and what it leaves out: see [`Difference::extract`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Extraction {
-    lora_a: Vec<f64>,
-    lora_b: Vec<f64>,
-    singular_values: Vec<f64>,
-    /// `[out, in]`.
-    shape: [usize; 2],
-    rank: usize,
+    svd: Svd,
     fan_in_fan_out: bool,
 }
 
-/// Takes the singular value decomposition `tuned - base = U diag(σ) Vᵀ` in f64 and keeps the `rank` largest:
-/// `lora_b = U sqrt(σ)`, `lora_a = sqrt(σ) Vᵀ`, with a scaling of 1.
-///
-/// The weights are `[out, in]`, or `[in, out]` with `fan_in_fan_out`; their dtypes may differ.
-///
-/// # Errors
-/// [`Error::Argument`] when the weights are not matrices of one shape, `rank` exceeds their smaller side, or an element is
-/// not finite.
-pub fn extract(base: &Tensor, tuned: &Tensor, rank: usize, fan_in_fan_out: bool) -> Result<Extraction> {
-    let &[rows, columns] = base.shape() else {
-        return Err(Error::argument("base", "a matrix", format!("shape {:?}", base.shape())));
-    };
-    check_shape("tuned", tuned, base.shape())?;
-    if rank > rows.min(columns) {
-        return Err(Error::argument("rank", format!("at most {}", rows.min(columns)), rank));
-    }
-    let delta: Vec<f64> =
-        tuned.to_f64().iter().zip(base.to_f64()).map(|(tuned, base)| tuned - base).collect();
-    if let Some(i) = delta.iter().position(|d| !d.is_finite()) {
-        let place = format!("tuned - base at [{}, {}]", i / columns, i % columns);
-        return Err(Error::argument(place, "a finite number", delta[i]));
-    }
-    let delta = MatRef::from_row_major_slice(&delta, rows, columns);
-    let delta = if fan_in_fan_out { delta.transpose() } else { delta };
-    let svd = delta
-        .thin_svd()
-        .map_err(|e| Error::argument("tuned - base", "a convergent decomposition", format!("{e:?}")))?;
-    let singular_values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
-    let root: Vec<f64> = singular_values.iter().map(|s| s.sqrt()).collect();
-    let (u, v) = (svd.U(), svd.V());
-    Ok(Extraction {
-        lora_a: (0..rank)
-            .flat_map(|r| v.col(r).iter().map(move |v| (r, v)))
-            .map(|(r, v)| root[r] * v)
-            .collect(),
-        lora_b: (0..u.nrows())
-            .flat_map(|n| (0..rank).map(move |r| (n, r)))
-            .map(|(n, r)| u[(n, r)] * root[r])
-            .collect(),
-        singular_values,
-        shape: [u.nrows(), v.nrows()],
-        rank,
-        fan_in_fan_out,
-    })
-}
-
 impl Extraction {
-    /// `[rank, in]`, row-major.
-    pub fn lora_a(&self) -> &[f64] {
-        &self.lora_a
+    /// How many singular values are kept.
+    pub fn rank(&self) -> usize {
+        self.svd.rank
     }
 
-    /// `[out, rank]`, row-major.
-    pub fn lora_b(&self) -> &[f64] {
-        &self.lora_b
+    /// `lora_a` `[rank, in]` and `lora_b` `[out, rank]`, row-major. Each has the square roots of the singular values.
+    pub fn factors(&self) -> (Vec<f64>, Vec<f64>) {
+        self.svd.factors(self.fan_in_fan_out)
     }
 
-    /// All singular values of the difference, not only those kept, in descending order.
+    /// The singular values of the difference in descending order: those kept, and after a decomposition in full
+    /// ([`Extraction::is_complete`]) or a [`Extraction::cut`] also others.
     pub fn singular_values(&self) -> &[f64] {
-        &self.singular_values
+        &self.svd.sigma
     }
 
-    /// `||tuned - base - B A||` in the Frobenius norm: what the adapter leaves out.
+    /// Whether all singular values are known.
+    pub fn is_complete(&self) -> bool {
+        self.svd.complete
+    }
+
+    /// Keeps no more than the `rank` largest singular values.
+    pub fn cut(mut self, rank: usize) -> Self {
+        self.svd.cut(rank);
+        self
+    }
+
+    /// `||tuned - base||` in the Frobenius norm.
+    pub fn norm(&self) -> f64 {
+        self.svd.norm
+    }
+
+    /// `||tuned - base - B A||` in the Frobenius norm: what the update leaves out.
     pub fn frobenius_error(&self) -> f64 {
-        // The smallest first, so that they are not lost against the largest.
-        self.singular_values[self.rank..].iter().rev().map(|s| s * s).sum::<f64>().sqrt()
+        self.svd.error()
     }
 
-    /// The same in the spectral norm: the largest singular value that is left out.
-    pub fn spectral_error(&self) -> f64 {
-        self.singular_values.get(self.rank).copied().unwrap_or(0.0)
+    /// The same in the spectral norm: the largest singular value that is left out, if that is known.
+    pub fn spectral_error(&self) -> Option<f64> {
+        let next = self.svd.sigma.get(self.svd.rank).copied();
+        next.or_else(|| self.svd.complete.then_some(0.0))
+    }
+
+    /// The share of `||tuned - base||²` that is kept; 1 where nothing has changed.
+    pub fn energy(&self) -> f64 {
+        match self.svd.norm {
+            0.0 => 1.0,
+            norm => 1.0 - (self.svd.error() / norm).powi(2),
+        }
     }
 
     /// The adapter, with its factors rounded to `dtype` and a scaling of 1 (in a configuration, `lora_alpha` = `r`).
@@ -95,22 +180,13 @@ impl Extraction {
     /// # Errors
     /// [`Error::Argument`] when a factor overflows `dtype`.
     pub fn lora(&self, dtype: DType) -> Result<Lora> {
-        let [outputs, inputs] = self.shape;
-        let lora_a = round("lora_a", [self.rank, inputs], &self.lora_a, dtype)?;
-        let lora_b = round("lora_b", [outputs, self.rank], &self.lora_b, dtype)?;
+        let (lora_a, lora_b) = self.factors();
+        let (inputs, outputs) = match self.fan_in_fan_out {
+            true => (self.svd.rows, self.svd.columns),
+            false => (self.svd.columns, self.svd.rows),
+        };
+        let lora_a = round("lora_a", [self.svd.rank, inputs], &lora_a, dtype)?;
+        let lora_b = round("lora_b", [outputs, self.svd.rank], &lora_b, dtype)?;
         Ok(Lora::new(lora_a, lora_b, 1.0)?.with_fan_in_fan_out(self.fan_in_fan_out))
-    }
-}
-
-fn round(argument: &str, shape: [usize; 2], values: &[f64], dtype: DType) -> Result<Tensor> {
-    let data = match dtype {
-        DType::F32 => Data::F32(values.iter().map(|&v| Element::from_f64(v)).collect()),
-        DType::F16 => Data::F16(values.iter().map(|&v| Element::from_f64(v)).collect()),
-        DType::BF16 => Data::BF16(values.iter().map(|&v| Element::from_f64(v)).collect()),
-    };
-    let rounded = Tensor::new(shape, data)?;
-    match rounded.to_f32().iter().position(|v| !v.is_finite()) {
-        None => Ok(rounded),
-        Some(i) => Err(Error::argument(argument, format!("elements that fit in {dtype}"), values[i])),
     }
 }

@@ -1,7 +1,7 @@
 //! Adapters: the parameters that a file holds, the scale that its configuration gives them, and what they do to a weight.
 //!
 //! Each kind is a type of its own, checked when it is made; [`Adapter`] is any one of them. [`Stack`] is one or several on
-//! a weight: it runs them, merges them and takes them out again. [`extract`] makes one from two weights.
+//! a weight: it runs them, merges them and takes them out again. [`Difference`] makes one from two weights.
 //!
 //! | kind | what it does to W, `[out, in]` |
 //! |---|---|
@@ -42,18 +42,20 @@ mod merge;
 mod report;
 mod requantize;
 mod stack;
+mod svd;
 mod update;
 
 pub use adalora::AdaLora;
 pub use base::Base;
 pub use dora::Dora;
 pub use embedding::EmbeddingLora;
-pub use extract::{Extraction, extract};
+pub use extract::{Difference, Extraction};
 pub use lora::{Lora, Scaling};
 pub use merge::{Merged, Target, Unmerged};
 pub use report::MergeReport;
 pub use requantize::{Requantize, Rounding, Scale};
 pub use stack::Stack;
+pub use svd::{Decomposition, Rank};
 
 use crate::{Error, Result, Tensor};
 

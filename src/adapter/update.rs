@@ -116,6 +116,11 @@ pub(super) struct Sides<R> {
 }
 
 impl<R: RealField> Sides<R> {
+    /// `[rank, rows]` and `[rank, columns]`.
+    pub fn into_factors(self) -> (Vec<R>, Vec<R>) {
+        (self.left, self.right)
+    }
+
     /// Writes the delta of whole rows, from `row` on.
     pub fn product(&self, row: usize, panel: &mut [R]) {
         if self.right.is_empty() {
