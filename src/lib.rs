@@ -79,6 +79,7 @@ mod error;
 pub mod formats;
 pub mod guide;
 pub mod nf4;
+pub mod parallel;
 pub mod tensor;
 
 pub use dtype::{DType, Element};
