@@ -58,6 +58,8 @@ impl Stack {
     ///   block size, codebook and double quantisation. This is where adapters get lost, so a merge that retains less than
     ///   [`Requantize::min_gain`] is refused.
     ///
+    /// [`Undo`](super::Undo) records how the original comes back, bit for bit.
+    ///
     /// # Errors
     /// [`Error::Argument`] when the shape does not fit, the target is 4-bit and the weight is not, or a merged element is
     /// not finite (the adapter or the weight holds an infinity or a NaN, or the sum overflows the type).
@@ -69,8 +71,8 @@ impl Stack {
     /// `W = (W' - B' A') / row_scale`: PEFT's unmerge, with the row scale as it was when the stack was made.
     ///
     /// This does not restore what the merge has rounded away, and says of how many elements that is so
-    /// ([`Unmerged::undetermined`]): in bf16 it is a tenth of them when the delta is a tenth of the weight. To restore every
-    /// bit, keep the weight.
+    /// ([`Unmerged::undetermined`]): in bf16 it is a tenth of them when the delta is a tenth of the weight.
+    /// [`Undo`](super::Undo) restores every bit.
     ///
     /// # Errors
     /// [`Error::Argument`] as [`Stack::merge`]. An output with a magnitude of 0 cannot be unmerged.

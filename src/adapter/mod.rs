@@ -43,6 +43,7 @@ mod report;
 mod requantize;
 mod stack;
 mod svd;
+mod undo;
 mod update;
 
 pub use adalora::AdaLora;
@@ -56,6 +57,7 @@ pub use report::MergeReport;
 pub use requantize::{Requantize, Rounding, Scale};
 pub use stack::Stack;
 pub use svd::{Decomposition, Rank};
+pub use undo::{Restored, Undo};
 
 use crate::{Error, Result, Tensor};
 

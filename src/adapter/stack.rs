@@ -1,7 +1,7 @@
 use rayon::prelude::*;
 
 use super::update::{Update, panels, read, zeros};
-use super::{Adapter, Base, check_shape};
+use super::{Adapter, Base, Dora, check_shape};
 use crate::{Error, Result, Tensor};
 
 /// The adapters that are active together on one weight, in order, folded into one update:
@@ -18,6 +18,8 @@ pub struct Stack {
     pub(super) update: Update,
     /// `[out]`.
     pub(super) row_scale: Option<Vec<f64>>,
+    /// `[DoRA adapters, out]`, the factors of each.
+    pub(super) scales: Vec<f64>,
     /// `[out]`, the sum of `scaling * lora_bias`.
     pub(super) bias: Option<Vec<f64>>,
 }
@@ -30,25 +32,63 @@ impl Stack {
     /// `magnitude / ||W + delta||` is not finite (a row of zeros, or an element that is not finite).
     pub fn new<'a>(adapters: &[&Adapter], base: impl Into<Base<'a>>) -> Result<Self> {
         let base = base.into();
+        if let (Base::Nf4(_), Some(true)) = (base, adapters.first().map(|first| first.fan_in_fan_out())) {
+            return Err(Error::argument("adapters[0].fan_in_fan_out", "false on a 4-bit weight", true));
+        }
+        Self::fold(adapters, base.shape(), |dora, update| {
+            let norms = update.norms(base).into_iter();
+            Ok(dora.magnitude().to_f64().iter().zip(norms).map(|(m, norm)| m / norm).collect())
+        })
+    }
+
+    /// Folds `adapters` for a weight of `shape` that is not at hand, with the factors of its DoRA adapters,
+    /// `[DoRA adapters, out]`.
+    pub(super) fn with_scales(adapters: &[&Adapter], shape: [usize; 2], scales: &[f64]) -> Result<Self> {
+        let doras = adapters.iter().filter(|adapter| matches!(adapter, Adapter::Dora(_)));
+        let outputs: usize = doras.map(|dora| dora.out_features()).sum();
+        if outputs != scales.len() {
+            let wanted = format!("{} outputs of DoRA adapters", scales.len());
+            return Err(Error::argument("adapters", wanted, outputs));
+        }
+        let mut rest = scales;
+        Self::fold(adapters, &shape, |dora, _| {
+            let (scale, after) = rest.split_at(dora.lora().lora_b().shape()[0]);
+            rest = after;
+            Ok(scale.to_vec())
+        })
+    }
+
+    /// Folds `adapters`, with the factors that `scale` gives for each DoRA adapter.
+    fn fold(
+        adapters: &[&Adapter],
+        shape: &[usize],
+        mut scale: impl FnMut(&Dora, &Update) -> Result<Vec<f64>>,
+    ) -> Result<Self> {
         let Some(first) = adapters.first() else {
             return Err(Error::argument("adapters", "at least one", "none"));
         };
-        if matches!(base, Base::Nf4(_)) && first.fan_in_fan_out() {
-            return Err(Error::argument("adapters[0].fan_in_fan_out", "false on a 4-bit weight", true));
-        }
-        let mut stack = Self { update: Update::empty(first), row_scale: None, bias: None };
+        let update = Update::empty(first);
+        let mut stack = Self { update, row_scale: None, scales: Vec::new(), bias: None };
         for (i, adapter) in adapters.iter().enumerate() {
             if adapter.fan_in_fan_out() != first.fan_in_fan_out() {
                 let argument = format!("adapters[{i}].fan_in_fan_out");
                 return Err(Error::argument(argument, "that of adapters[0]", adapter.fan_in_fan_out()));
             }
-            base.check_shape(&format!("base of adapters[{i}]"), adapter.weight_shape())?;
-            stack.push(i, adapter, base)?;
+            if adapter.weight_shape() != shape {
+                let (argument, wanted) = (format!("base of adapters[{i}]"), adapter.weight_shape());
+                return Err(Error::argument(argument, format!("shape {wanted:?}"), format!("{shape:?}")));
+            }
+            stack.push(i, adapter, &mut scale)?;
         }
         Ok(stack)
     }
 
-    fn push(&mut self, i: usize, adapter: &Adapter, base: Base<'_>) -> Result<()> {
+    fn push(
+        &mut self,
+        i: usize,
+        adapter: &Adapter,
+        scale: &mut impl FnMut(&Dora, &Update) -> Result<Vec<f64>>,
+    ) -> Result<()> {
         let update = Update::of(adapter);
         self.update.append(&update);
         match adapter {
@@ -60,9 +100,7 @@ impl Stack {
                 }
             }
             Adapter::Dora(dora) => {
-                let magnitude = dora.magnitude().to_f64();
-                let scale: Vec<f64> =
-                    magnitude.iter().zip(update.norms(base)).map(|(m, norm)| m / norm).collect();
+                let scale = scale(dora, &update)?;
                 if let Some(n) = scale.iter().position(|scale| !scale.is_finite()) {
                     let argument = format!("adapters[{i}].magnitude[{n}] / ||W + delta||");
                     return Err(Error::argument(argument, "a finite number", scale[n]));
@@ -70,6 +108,7 @@ impl Stack {
                 self.update.scale(&scale);
                 let row_scale = self.row_scale.get_or_insert_with(|| vec![1.0; update.outputs]);
                 row_scale.iter_mut().zip(&scale).for_each(|(product, scale)| *product *= scale);
+                self.scales.extend(scale);
             }
             Adapter::AdaLora(_) | Adapter::Embedding(_) => {}
         }

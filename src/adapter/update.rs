@@ -148,6 +148,33 @@ impl<R: RealField> Sides<R> {
     }
 }
 
+impl Sides<f32> {
+    /// Writes the delta of elements from `start` on: the rounded products of ascending ranks, added one by one. These bits
+    /// do not depend on the machine, and nor on where a run begins.
+    pub fn run(&self, start: usize, out: &mut [f32]) {
+        /// Sums that stay in registers.
+        const TILE: usize = 32;
+        let [rows, columns] = self.shape;
+        let mut at = start;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let (row, column) = (at / columns, at % columns);
+            let count = (columns - column).min(rest.len());
+            let (run, tail) = rest.split_at_mut(count);
+            let left: Vec<f32> = self.left.iter().skip(row).step_by(rows).copied().collect();
+            for (t, tile) in run.chunks_mut(TILE).enumerate() {
+                let mut sums = [0.0f32; TILE];
+                for (left, right) in left.iter().zip(self.right.chunks(columns)) {
+                    let right = &right[column + t * TILE..][..tile.len()];
+                    sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += left * right);
+                }
+                tile.copy_from_slice(&sums[..tile.len()]);
+            }
+            (at, rest) = (at + count, tail);
+        }
+    }
+}
+
 /// Ranges of `rows` rows, `panel_rows` at a time.
 pub(super) fn panels(rows: usize, panel_rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(panel_rows).map(move |row| row..rows.min(row + panel_rows))

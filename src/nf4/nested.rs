@@ -132,12 +132,19 @@ impl NestedAbsmax {
             if !centred.iter().all(fits) {
                 *nested_scale = largest_magnitude(&centred);
             }
-            nested.q.extend(centred.iter().map(|x| {
-                let missed = |q: &u8| (self.map[usize::from(*q)] * *nested_scale - x).abs();
-                (0..=255).min_by(|a, b| missed(a).total_cmp(&missed(b))).expect("256 of them")
-            }));
+            nested.q.extend(centred.iter().map(|x| self.nearest_index(*nested_scale, *x)));
         }
         nested
+    }
+
+    /// The index that comes nearest to a scale, in the place of a block.
+    pub(crate) fn nearest(&self, block: usize, scale: f32) -> u8 {
+        self.nearest_index(self.absmax[block / self.blocksize], scale - self.offset)
+    }
+
+    fn nearest_index(&self, nested_scale: f32, centred: f32) -> u8 {
+        let missed = |q: &u8| (self.map[usize::from(*q)] * nested_scale - centred).abs();
+        (0..=255).min_by(|a, b| missed(a).total_cmp(&missed(b))).expect("256 of them")
     }
 }
 
