@@ -56,6 +56,7 @@
 //! | `x Wᵀ`, W dense or 4-bit, with adapters, scale and bias | [`cpu::matmul()`], [`cpu::fast`] | [`cuda::matmul`] |
 //! | `s x Aᵀ`, an adapter per token | [`cpu::lora_shrink()`] | [`cuda::lora_shrink`] |
 //! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
+//! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |
 //! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |
 //! | merge into 4-bit codes, or out of them | [`cpu::nf4_merge()`], [`cpu::nf4_merge_dense`] | [`cuda::nf4_merge`] |
 //! | DoRA's `m` | [`cpu::dora_scale()`] | [`cuda::dora_scale`] |

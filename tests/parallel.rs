@@ -2,7 +2,7 @@
 
 use half::bf16;
 use lora_kernels::adapter::{AdaLora, Adapter, Lora, Stack};
-use lora_kernels::cpu::{self, Accumulate, LowRank, MatmulExtras, Weight};
+use lora_kernels::cpu::{self, Accumulate, MatmulExtras, Weight};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::parallel::{Exchange, Factors, LoraShard, Shard, Split};
 use lora_kernels::{DType, Error, Tensor};

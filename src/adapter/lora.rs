@@ -52,7 +52,8 @@ impl Lora {
     /// `[out, rank * experts]` with the experts of a rank together.
     ///
     /// In a [`cuda::AdapterTable`](crate::cuda::AdapterTable) of several such stacks, one behind the other, the factors of adapter
-    /// `a` for expert `e` have the number `a * experts + e`.
+    /// `a` for expert `e` have the number `a * experts + e`; [`cuda::expert_index`](crate::cuda::expert_index) makes these numbers
+    /// of every row's adapter and expert.
     ///
     /// # Errors
     /// As [`Lora::new`], and when the rows of `lora_a` are not a multiple of `experts`.

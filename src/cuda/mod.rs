@@ -11,6 +11,7 @@ mod deltas;
 pub mod dora_scale;
 #[cfg(feature = "cuda")]
 mod driver;
+pub mod expert_index;
 mod image;
 pub mod lora_expand;
 pub mod lora_shrink;
@@ -38,6 +39,7 @@ pub use view::{MemoryId, View, ViewMut};
 const KERNELS: &[&[Kernel]] = &[
     absmax_quantize::KERNELS,
     dora_scale::KERNELS,
+    expert_index::KERNELS,
     lora_expand::KERNELS,
     lora_shrink::KERNELS,
     matmul::KERNELS,
