@@ -21,7 +21,7 @@ const RUN: usize = 256;
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Difference<'a> {
-    base: Base<'a>,
+    base: Option<Base<'a>>,
     tuned: Base<'a>,
     rows: usize,
     columns: usize,
@@ -36,9 +36,18 @@ impl<'a> Difference<'a> {
     /// # Errors
     /// [`Error::Argument`] when the weights are not matrices of one shape, or an element is not finite.
     pub fn between(base: impl Into<Base<'a>>, tuned: impl Into<Base<'a>>) -> Result<Self> {
-        let (base, tuned) = (base.into(), tuned.into());
-        let &[rows, columns] = base.shape() else {
-            return Err(Error::argument("base", "a matrix", format!("shape {:?}", base.shape())));
+        Self::new(Some(base.into()), tuned.into())
+    }
+
+    /// The weight itself.
+    pub(super) fn from_zero(weight: impl Into<Base<'a>>) -> Result<Self> {
+        Self::new(None, weight.into())
+    }
+
+    fn new(base: Option<Base<'a>>, tuned: Base<'a>) -> Result<Self> {
+        let (whole, place) = base.map_or((tuned, "weight"), |base| (base, "base"));
+        let &[rows, columns] = whole.shape() else {
+            return Err(Error::argument(place, "a matrix", format!("shape {:?}", whole.shape())));
         };
         tuned.check_shape("tuned", [rows, columns])?;
         let difference = Self {
@@ -50,8 +59,9 @@ impl<'a> Difference<'a> {
             fan_in_fan_out: false,
             method: Decomposition::default(),
         };
+        let place = base.map_or("weight", |_| "tuned - base");
         let norm = difference.with_matrix(|matrix| matrix.norm()).map_err(|([row, column], value)| {
-            Error::argument(format!("tuned - base at [{row}, {column}]"), "a finite number", value)
+            Error::argument(format!("{place} at [{row}, {column}]"), "a finite number", value)
         })?;
         Ok(Self { norm, ..difference })
     }
@@ -105,7 +115,9 @@ impl<'a> Difference<'a> {
             let (mut base, mut tuned) = ([0.0; RUN], [0.0; RUN]);
             for (i, out) in out.chunks_mut(RUN).enumerate() {
                 let (start, n) = (row * self.columns + column + i * RUN, out.len());
-                self.base.read(self.base.dtype(), start, &mut base[..n]);
+                if let Some(b) = self.base {
+                    b.read(b.dtype(), start, &mut base[..n]);
+                }
                 self.tuned.read(self.tuned.dtype(), start, &mut tuned[..n]);
                 for ((out, base), tuned) in out.iter_mut().zip(base).zip(tuned) {
                     *out = f64::from(tuned) - f64::from(base);
@@ -116,11 +128,11 @@ impl<'a> Difference<'a> {
     }
 }
 
-/// An update of low rank, in f64, and what it leaves out: see [`Difference::extract`].
+/// An update of low rank, in f64, and what it leaves out: see [`Difference::extract`] and [`Adapter::decompose`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Extraction {
-    svd: Svd,
-    fan_in_fan_out: bool,
+    pub(super) svd: Svd,
+    pub(super) fan_in_fan_out: bool,
 }
 
 impl Extraction {

@@ -80,7 +80,7 @@ pub(crate) struct Svd {
     /// The Frobenius norm of the matrix.
     pub norm: f64,
     /// The Frobenius norm of what lies beyond all of `sigma`.
-    beyond: f64,
+    pub beyond: f64,
 }
 
 impl Matrix<'_> {
@@ -113,12 +113,9 @@ impl Matrix<'_> {
     /// iteration does not converge.
     pub fn svd(&self, rank: Rank, method: Decomposition, norm: f64) -> Result<Svd> {
         let side = self.rows.min(self.columns);
-        let seed = match (rank, method) {
+        let seed = match (check_share(rank)?, method) {
             (Rank::Number(rank), _) if rank > side => {
                 return Err(Error::argument("rank", format!("at most {side}"), rank));
-            }
-            (Rank::Energy(share), _) if !(0.0..=1.0).contains(&share) => {
-                return Err(Error::argument("energy", "a share from 0 to 1", share));
             }
             (_, Decomposition::Full) => None,
             (_, Decomposition::Randomised { seed }) => Some(seed),
@@ -174,10 +171,7 @@ impl Matrix<'_> {
             norm,
             beyond: 0.0,
         };
-        svd.cut(match rank {
-            Rank::Number(rank) => rank,
-            Rank::Energy(share) => svd.rank_for(share).unwrap_or(all),
-        });
+        svd.cut_to(rank);
         Ok(svd)
     }
 
@@ -314,6 +308,14 @@ impl Svd {
         self.right.truncate(self.rank * self.columns);
     }
 
+    /// The same, by number or by energy, of a decomposition that is complete.
+    pub fn cut_to(&mut self, rank: Rank) {
+        self.cut(match rank {
+            Rank::Number(rank) => rank,
+            Rank::Energy(share) => self.rank_for(share).unwrap_or(self.rank),
+        });
+    }
+
     /// The smallest rank that keeps this share of the squared norm, if these singular values do. What is zero but for the
     /// rounding errors of the decomposition counts as zero.
     pub fn rank_for(&self, share: f64) -> Option<usize> {
@@ -347,11 +349,26 @@ impl Svd {
     }
 }
 
-/// A matrix of `dtype` from f64 values.
+/// Checks that an energy is a share.
+pub(crate) fn check_share(rank: Rank) -> Result<Rank> {
+    match rank {
+        Rank::Energy(share) if !(0.0..=1.0).contains(&share) => {
+            Err(Error::argument("energy", "a share from 0 to 1", share))
+        }
+        rank => Ok(rank),
+    }
+}
+
+/// A tensor of `dtype` from f64 values.
 ///
 /// # Errors
 /// [`Error::Argument`] naming `argument` when an element overflows.
-pub(crate) fn round(argument: &str, shape: [usize; 2], values: &[f64], dtype: DType) -> Result<Tensor> {
+pub(crate) fn round(
+    argument: &str,
+    shape: impl Into<Vec<usize>>,
+    values: &[f64],
+    dtype: DType,
+) -> Result<Tensor> {
     let data = match dtype {
         DType::F32 => Data::F32(values.iter().map(|&v| Element::from_f64(v)).collect()),
         DType::F16 => Data::F16(values.iter().map(|&v| Element::from_f64(v)).collect()),
@@ -391,7 +408,7 @@ fn growth(from: &[f64], to: &[f64], rounding: f64) -> f64 {
 }
 
 /// The first columns, one after another.
-fn by_rank(matrix: &Mat<f64>, rank: usize) -> Vec<f64> {
+pub(super) fn by_rank(matrix: &Mat<f64>, rank: usize) -> Vec<f64> {
     (0..rank).flat_map(|r| matrix.col(r).iter().copied()).collect()
 }
 

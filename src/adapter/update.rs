@@ -9,7 +9,7 @@ use super::{Adapter, Base};
 use crate::{DType, Error, Result};
 
 /// Elements of a weight that one task works on: they and their sums stay in a core's cache.
-const PANEL: usize = 1 << 16;
+pub(super) const PANEL: usize = 1 << 16;
 
 /// `delta = B A` in f64, with the scaling in B.
 #[derive(Debug, Clone)]
