@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod demo;
+mod dequantize;
 mod inspect;
+mod model;
+mod quantize;
 mod table;
 mod tensors;
 mod verify;
@@ -24,6 +27,10 @@ enum Command {
     Demo(demo::Arguments),
     /// Show what a checkpoint or an adapter holds.
     Inspect(inspect::Arguments),
+    /// Quantise a model's folder to 4 bits, as bitsandbytes and transformers load it.
+    Quantize(quantize::Arguments),
+    /// Turn a 4-bit model's folder into a dense one.
+    Dequantize(dequantize::Arguments),
     /// Check this library against a folder of reference data.
     Verify(verify::Arguments),
 }
@@ -40,6 +47,8 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Quantize(arguments) => quantize::run(&arguments),
+        Command::Dequantize(arguments) => dequantize::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match result {

@@ -44,6 +44,7 @@ mod ranks;
 mod reduce;
 mod report;
 mod requantize;
+mod rows;
 mod stack;
 mod svd;
 mod undo;

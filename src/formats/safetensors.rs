@@ -1,14 +1,14 @@
 //! The container: a JSON header that names tensors, then their bytes (<https://huggingface.co/docs/safetensors>).
 //!
 //! [`File`] reads the header, checks it against the length of the file, and then reads one tensor at a time: a model larger
-//! than memory can be walked through. Files are read, not mapped, so that one that shrinks meanwhile gives an error.
+//! than memory can be walked through. [`Layout`] is the way back: where each tensor of a new file goes. Files are read, not mapped,
+//! so that one that shrinks meanwhile gives an error.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
@@ -51,7 +51,7 @@ impl Entry {
 #[derive(Debug)]
 enum Source<'a> {
     Memory(&'a [u8]),
-    Disk { path: PathBuf, file: Mutex<std::fs::File> },
+    Disk { path: PathBuf, file: std::fs::File },
 }
 
 /// A tensor of any dtype, as bytes.
@@ -75,7 +75,7 @@ impl File<'static> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         let file = std::fs::File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
-        let source = Source::Disk { path: path.to_owned(), file: Mutex::new(file) };
+        let source = Source::Disk { path: path.to_owned(), file };
         Self::with_source(path.display().to_string(), source, length)
     }
 }
@@ -124,7 +124,7 @@ impl<'a> File<'a> {
     /// [`Error::Format`] when the file has no tensor of that name; [`Error::Io`] when it cannot be read any more.
     pub fn raw(&self, tensor: &str) -> Result<Raw> {
         let entry = self.entry(tensor)?;
-        let bytes = self.elements(entry)?;
+        let bytes = self.elements_at(entry, 0, entry.size() as usize)?;
         Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
@@ -134,13 +134,7 @@ impl<'a> File<'a> {
     /// As [`File::raw`], and [`Error::Unsupported`] when the dtype is none of [`DType`].
     pub fn tensor(&self, tensor: &str) -> Result<Tensor> {
         let entry = self.entry(tensor)?;
-        let data = match float(entry.dtype) {
-            Some(DType::F32) => Data::F32(self.elements::<f32>(entry)?),
-            Some(DType::F16) => Data::F16(self.elements::<f16>(entry)?),
-            Some(DType::BF16) => Data::BF16(self.elements::<bf16>(entry)?),
-            None => return Err(Error::unsupported(self.place(tensor), format!("the dtype {}", entry.dtype))),
-        };
-        Tensor::new(entry.shape.clone(), data)
+        self.tensor_rows(tensor, 0..entry.shape.first().map_or(1, |rows| *rows))
     }
 
     /// The header's line for a tensor.
@@ -158,12 +152,57 @@ impl<'a> File<'a> {
         format!("{}: {tensor}", self.name)
     }
 
-    fn elements<T: bytemuck::Pod>(&self, entry: &Entry) -> Result<Vec<T>> {
+    /// Reads bytes of a tensor, from `offset` within it on, as many as `into` takes. Threads may read at the same time.
+    ///
+    /// # Errors
+    /// As [`File::raw`]; [`Error::Argument`] when the tensor has fewer bytes.
+    pub fn read_part(&self, tensor: &str, offset: u64, into: &mut [u8]) -> Result<()> {
+        let entry = self.entry(tensor)?;
+        if offset.checked_add(into.len() as u64).is_none_or(|end| end > entry.size()) {
+            let got = format!("{} from {offset} on", into.len());
+            return Err(Error::argument("into", format!("bytes of the {} of {tensor}", entry.size()), got));
+        }
+        self.source.read_at(entry.bytes.start + offset, into)
+    }
+
+    /// Rows of a floating-point tensor: the elements of `rows` in its first dimension.
+    ///
+    /// # Errors
+    /// As [`File::tensor`]; [`Error::Argument`] when the tensor has no such rows.
+    pub fn tensor_rows(&self, tensor: &str, rows: Range<usize>) -> Result<Tensor> {
+        let entry = self.entry(tensor)?;
+        let (shape, columns) = part(&entry.shape, &rows)?;
+        let (start, count) = (rows.start * columns, rows.len() * columns);
+        let data = match float(entry.dtype) {
+            Some(DType::F32) => Data::F32(self.elements_at::<f32>(entry, start, count)?),
+            Some(DType::F16) => Data::F16(self.elements_at::<f16>(entry, start, count)?),
+            Some(DType::BF16) => Data::BF16(self.elements_at::<bf16>(entry, start, count)?),
+            None => return Err(Error::unsupported(self.place(tensor), format!("the dtype {}", entry.dtype))),
+        };
+        Tensor::new(shape, data)
+    }
+
+    /// Elements of a tensor, which has them.
+    fn elements_at<T: bytemuck::Pod>(&self, entry: &Entry, start: usize, count: usize) -> Result<Vec<T>> {
         // The header was checked against the length of the file, so this is never more than the file holds.
-        let mut elements = vec![T::zeroed(); entry.size() as usize / size_of::<T>()];
-        self.source.read_at(entry.bytes.start, bytemuck::cast_slice_mut(&mut elements))?;
+        let mut elements = bytemuck::zeroed_vec(count);
+        let offset = entry.bytes.start + (start * size_of::<T>()) as u64;
+        self.source.read_at(offset, bytemuck::cast_slice_mut(&mut elements))?;
         Ok(elements)
     }
+}
+
+/// The shape of some rows, and the elements of each. A scalar is one row.
+///
+/// # Errors
+/// [`Error::Argument`] when there are no such rows.
+pub(super) fn part(shape: &[usize], rows: &Range<usize>) -> Result<(Vec<usize>, usize)> {
+    let (count, rest) = shape.split_first().map_or((1, shape), |(count, rest)| (*count, rest));
+    if rows.start > rows.end || rows.end > count {
+        return Err(Error::argument("rows", format!("a range of the {count} of {shape:?}"), format!("{rows:?}")));
+    }
+    let shape = shape.first().map(|_| rows.len()).into_iter().chain(rest.iter().copied()).collect();
+    Ok((shape, rest.iter().product()))
 }
 
 impl Source<'_> {
@@ -174,14 +213,28 @@ impl Source<'_> {
                 into.copy_from_slice(&bytes[start..start + into.len()]);
                 Ok(())
             }
-            Source::Disk { path, file } => {
-                let mut file = file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                file.seek(SeekFrom::Start(offset))
-                    .and_then(|_| file.read_exact(into))
-                    .map_err(|source| Error::Io { path: path.clone(), source })
-            }
+            Source::Disk { path, file } => read_exact_at(file, offset, into)
+                .map_err(|source| Error::Io { path: path.clone(), source }),
         }
     }
+}
+
+/// Reads at a place, wherever other threads read.
+#[cfg(unix)]
+fn read_exact_at(file: &std::fs::File, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
+}
+
+/// Reads at a place, wherever other threads read.
+#[cfg(windows)]
+fn read_exact_at(file: &std::fs::File, mut offset: u64, mut into: &mut [u8]) -> std::io::Result<()> {
+    while !into.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, into, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read => (offset, into) = (offset + read as u64, &mut into[read..]),
+        }
+    }
+    Ok(())
 }
 
 /// The [`DType`] of this name, if it is one.
@@ -293,9 +346,83 @@ impl<'a> From<&'a Tensor> for Item<'a> {
     }
 }
 
+impl From<Raw> for Item<'_> {
+    fn from(raw: Raw) -> Self {
+        Self::new(raw.dtype, raw.shape, raw.bytes)
+    }
+}
+
 impl<'a> From<&'a Raw> for Item<'a> {
     fn from(raw: &'a Raw) -> Self {
         Self::new(raw.dtype, &raw.shape[..], &raw.bytes[..])
+    }
+}
+
+/// A file to be written: its header, and where its tensors go. So a file can be written piece by piece, in any order, by several
+/// threads, and without ever being in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    header: Vec<u8>,
+    ranges: BTreeMap<String, Range<u64>>,
+    len: u64,
+}
+
+impl Layout {
+    /// Lays tensors (name, dtype, shape) one behind the other, in this order. The reference implementation sorts by dtype, widest
+    /// first, and then by name; readers take any order.
+    ///
+    /// The header is filled up with spaces to `min_header` bytes, so that it can be laid out before the last word about a tensor at
+    /// the end is known.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when a name comes twice, or a tensor's size overflows or ends within a byte.
+    pub fn new(
+        tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
+        min_header: usize,
+    ) -> Result<Self> {
+        let (mut fields, mut ranges, mut end) = (Map::new(), BTreeMap::new(), 0u64);
+        fields.insert("__metadata__".into(), json!({ "format": "pt" }));
+        for (name, dtype, shape) in tensors {
+            let start = end;
+            let size = byte_size(dtype, &shape).and_then(|size| start.checked_add(size));
+            end = size.ok_or_else(|| {
+                Error::argument(format!("tensors[{name:?}]"), "whole bytes that can be counted", format!("{dtype} {shape:?}"))
+            })?;
+            let entry = json!({ "dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end] });
+            if fields.insert(name.clone(), entry).is_some() {
+                return Err(Error::argument("tensors", format!("one tensor {name}"), "two"));
+            }
+            ranges.insert(name, start..end);
+        }
+        let mut text = Value::Object(fields).to_string().into_bytes();
+        // The data starts at a multiple of eight bytes.
+        text.resize(text.len().max(min_header.saturating_sub(8)).next_multiple_of(8), b' ');
+        let mut header = (text.len() as u64).to_le_bytes().to_vec();
+        header.append(&mut text);
+        let data = header.len() as u64;
+        ranges.values_mut().for_each(|range| *range = data + range.start..data + range.end);
+        Ok(Self { header, ranges, len: data + end })
+    }
+
+    /// What the file begins with.
+    pub fn header(&self) -> &[u8] {
+        &self.header
+    }
+
+    /// The tensors, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.ranges.keys().map(String::as_str)
+    }
+
+    /// Where the bytes of a tensor go, from the start of the file.
+    pub fn range(&self, tensor: &str) -> Option<Range<u64>> {
+        self.ranges.get(tensor).cloned()
+    }
+
+    /// How long the file will be. (It is never empty.)
+    #[expect(clippy::len_without_is_empty, reason = "a file has a header")]
+    pub fn len(&self) -> u64 {
+        self.len
     }
 }
 
@@ -303,21 +430,9 @@ impl<'a> From<&'a Raw> for Item<'a> {
 pub(crate) fn write(mut to: impl Write, items: &BTreeMap<String, Item>) -> std::io::Result<()> {
     let mut order: Vec<(&String, &Item)> = items.iter().collect();
     order.sort_by_key(|(_, item)| Reverse(item.dtype));
-    let mut header = Map::new();
-    header.insert("__metadata__".into(), json!({ "format": "pt" }));
-    let mut end = 0;
-    for (name, item) in &order {
-        let start = end;
-        end += item.bytes.len();
-        let entry =
-            json!({ "dtype": item.dtype.to_string(), "shape": item.shape, "data_offsets": [start, end] });
-        header.insert((*name).clone(), entry);
-    }
-    let mut header = Value::Object(header).to_string();
-    // The data starts at a multiple of eight bytes.
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-    to.write_all(&(header.len() as u64).to_le_bytes())?;
-    to.write_all(header.as_bytes())?;
+    let tensors = order.iter().map(|(name, item)| ((*name).clone(), item.dtype, item.shape.clone()));
+    let layout = Layout::new(tensors, 0).map_err(std::io::Error::other)?;
+    to.write_all(layout.header())?;
     order.iter().try_for_each(|(_, item)| to.write_all(&item.bytes))
 }
 

@@ -1,4 +1,4 @@
-//! `config.json`: the block `quantization_config`.
+//! `config.json` and its block `quantization_config`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::quant_state::{DTYPES, QUANT_TYPES, QuantState, name};
 use super::{Checkpoint, Parameter, Storage};
 use crate::formats::json;
 use crate::nf4::{Nf4Matrix, QuantType};
-use crate::{Error, Result};
+use crate::{DType, Error, Result};
 
 /// The block's key.
 const BLOCK: &str = "quantization_config";
@@ -74,34 +74,76 @@ impl Checkpoint {
             let wanted = "the quantisation of the other weights";
             return Err(Error::argument(format!("checkpoint.nf4[{weight:?}]"), wanted, "another"));
         }
-        let mut block = Map::new();
-        block.insert("_load_in_4bit".into(), json!(true));
-        block.insert("_load_in_8bit".into(), json!(false));
-        block.insert("bnb_4bit_compute_dtype".into(), json!(name(&DTYPES, first.dtype())));
-        block.insert("llm_int8_enable_fp32_cpu_offload".into(), json!(false));
-        block.insert("llm_int8_has_fp16_weight".into(), json!(false));
-        block.insert("llm_int8_skip_modules".into(), Value::Null);
-        block.insert("llm_int8_threshold".into(), json!(6.0));
-        block.insert("load_in_4bit".into(), json!(true));
-        block.insert("load_in_8bit".into(), json!(false));
-        block.insert("quant_method".into(), json!("bitsandbytes"));
-        if let Some(Value::Object(before)) = self.config.as_ref().and_then(|config| config.get(BLOCK)) {
-            block.extend(before.clone());
-        }
-        let (quant_type, nested) = of(first);
-        block.extend(said(quant_type, nested, storage).map(|(key, value)| (key.to_owned(), value)));
-        block.sort_keys();
-        Ok(Value::Object(block))
+        let before = self.config.as_ref().and_then(|config| config.get(BLOCK));
+        Ok(block(before, &QuantState::of(first), storage, first.dtype(), None))
     }
 
     /// `config.json` as it belongs beside the checkpoint: with the block if there are 4-bit weights, else without.
     pub(super) fn config_text(&self, storage: Storage) -> Result<Option<String>> {
-        let Some(mut config) = self.config.clone() else { return Ok(None) };
-        config.remove(BLOCK);
+        let Some(config) = &self.config else { return Ok(None) };
+        let mut config = without_quantization(config);
         if !self.nf4.is_empty() {
             config.insert(BLOCK.into(), self.quantization_config(storage)?);
         }
-        config.sort_keys();
-        Ok(Some(format!("{:#}\n", Value::Object(config))))
+        Ok(Some(text(config)))
     }
+}
+
+/// `config.json` with the `quantization_config` with which transformers loads weights quantised like `state`. What the block
+/// has already is kept, where it is not about the weights.
+///
+/// `compute` is the type that it computes in. `kept` are the modules that are not quantised, where they are others than those
+/// that transformers keeps by itself: the output embeddings, and what is tied to them.
+pub fn with_quantization(
+    config: &Map<String, Value>,
+    state: &QuantState,
+    storage: Storage,
+    compute: DType,
+    kept: Option<&[String]>,
+) -> Map<String, Value> {
+    let block = block(config.get(BLOCK), state, storage, compute, kept);
+    let mut config = config.clone();
+    config.insert(BLOCK.into(), block);
+    config
+}
+
+/// `config.json` of a model without 4-bit weights.
+pub fn without_quantization(config: &Map<String, Value>) -> Map<String, Value> {
+    let mut config = config.clone();
+    config.remove(BLOCK);
+    config
+}
+
+/// The block.
+fn block(
+    before: Option<&Value>,
+    state: &QuantState,
+    storage: Storage,
+    compute: DType,
+    kept: Option<&[String]>,
+) -> Value {
+    let mut block = Map::new();
+    block.insert("_load_in_4bit".into(), json!(true));
+    block.insert("_load_in_8bit".into(), json!(false));
+    block.insert("bnb_4bit_compute_dtype".into(), json!(name(&DTYPES, compute)));
+    block.insert("llm_int8_enable_fp32_cpu_offload".into(), json!(false));
+    block.insert("llm_int8_has_fp16_weight".into(), json!(false));
+    block.insert("llm_int8_skip_modules".into(), kept.map_or(Value::Null, |kept| json!(kept)));
+    block.insert("llm_int8_threshold".into(), json!(6.0));
+    block.insert("load_in_4bit".into(), json!(true));
+    block.insert("load_in_8bit".into(), json!(false));
+    block.insert("quant_method".into(), json!("bitsandbytes"));
+    if let Some(Value::Object(before)) = before {
+        block.extend(before.clone());
+    }
+    let said = said(state.quant_type, state.nested.is_some(), storage);
+    block.extend(said.map(|(key, value)| (key.to_owned(), value)));
+    block.sort_keys();
+    Value::Object(block)
+}
+
+/// The file's text, as transformers writes it: keys sorted, two spaces.
+pub fn text(mut config: Map<String, Value>) -> String {
+    config.sort_keys();
+    format!("{:#}\n", Value::Object(config))
 }

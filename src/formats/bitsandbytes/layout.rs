@@ -15,6 +15,11 @@ pub(super) const NESTED_ABSMAX: &str = ".nested_absmax";
 pub(super) const NESTED_QUANT_MAP: &str = ".nested_quant_map";
 const COMPANIONS: [&str; 4] = [ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP];
 
+/// Whether a weight's name and `end` are the name of one of its other tensors.
+pub(super) fn is_companion(end: &str) -> bool {
+    COMPANIONS.contains(&end) || end.starts_with(QUANT_STATE)
+}
+
 /// A tensor that is not part of another, or the name of the JSON text that makes it a 4-bit weight.
 pub(super) type Layout = BTreeMap<String, Option<(String, QuantType)>>;
 

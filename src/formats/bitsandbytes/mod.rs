@@ -22,7 +22,7 @@
 //! # }
 //! ```
 
-mod config;
+pub mod config;
 mod layout;
 mod quant_state;
 mod reader;
@@ -35,7 +35,7 @@ use serde_json::{Map, Value};
 
 pub use quant_state::{NestedState, QuantState};
 pub use reader::{Parameter, Reader};
-pub use writer::SaveOptions;
+pub use writer::{SaveOptions, companions, tensors_of};
 
 use super::safetensors::{Dtype, Raw};
 use crate::nf4::Nf4Matrix;

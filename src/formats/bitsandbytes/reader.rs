@@ -1,15 +1,16 @@
 //! Reading, one tensor at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::layout::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, layout};
+use super::layout::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, is_companion, layout};
 use super::quant_state::NestedState;
 use super::{CONFIG, Checkpoint, INDEX, MODEL, QuantState, Storage, config};
 use crate::formats::json;
-use crate::formats::safetensors::{Dtype, File, Raw, float};
+use crate::formats::safetensors::{Dtype, Entry, File, Raw, float, part};
 use crate::nf4::{Absmax, Codebook, NestedAbsmax, Nf4Matrix, QuantType, block_count, packed_len};
 use crate::{Error, Result, Tensor};
 
@@ -122,9 +123,7 @@ impl<'a> Reader<'a> {
     /// [`Error::Argument`] when `name` is none; [`Error::Format`] when a scale or a table of values is not finite, or
     /// `quant_map` belongs to the other quantisation type; [`Error::Io`].
     pub fn nf4(&self, name: &str) -> Result<Nf4Matrix> {
-        let Some(Parameter::Nf4 { state, .. }) = self.parameters.get(name) else {
-            return Err(Error::argument("name", "a 4-bit weight", name));
-        };
+        let state = self.state(name)?;
         let packed = self.file(name)?.raw(name)?.bytes;
         let absmax = match state.nested {
             None => Absmax::Plain(self.finite(name, ABSMAX)?),
@@ -149,6 +148,70 @@ impl<'a> Reader<'a> {
     /// [`Error::Argument`] when `name` is none; [`Error::Io`].
     pub fn raw(&self, name: &str) -> Result<Raw> {
         self.dense_file(name)?.raw(name)
+    }
+
+    /// Rows of a tensor that is not quantised: the elements of `rows` in its first dimension.
+    ///
+    /// # Errors
+    /// As [`Reader::dense`]; [`Error::Argument`] when there are no such rows.
+    pub fn dense_rows(&self, name: &str, rows: Range<usize>) -> Result<Tensor> {
+        self.dense_file(name)?.tensor_rows(name, rows)
+    }
+
+    /// Rows of a 4-bit weight, as a weight of their own. Its scales are plain: what [`NestedAbsmax`] yields for these blocks.
+    ///
+    /// # Errors
+    /// As [`Reader::nf4`]; [`Error::Argument`] when there are no such rows, or the first one begins within a block.
+    pub fn nf4_rows(&self, name: &str, rows: Range<usize>) -> Result<Nf4Matrix> {
+        let state = self.state(name)?;
+        let (shape, columns) = part(&state.shape, &rows)?;
+        let (start, numel) = (rows.start * columns, rows.len() * columns);
+        if !start.is_multiple_of(state.blocksize) {
+            let wanted = format!("a start at a multiple of {} elements", state.blocksize);
+            return Err(Error::argument("rows", wanted, format!("{rows:?} of {:?}", state.shape)));
+        }
+        let mut packed = vec![0; packed_len(numel)];
+        self.file(name)?.read_part(name, (start / 2) as u64, &mut packed)?;
+        let first = start / state.blocksize;
+        let absmax = self.scales(name, state, first..first + block_count(numel, state.blocksize))?;
+        let codebook = self.codebook(name, state.quant_type)?;
+        Nf4Matrix::from_parts(shape, packed, Absmax::Plain(absmax), state.blocksize, codebook, state.dtype)
+    }
+
+    /// What the header says of one of these tensors.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when there is none of that name.
+    pub fn entry(&self, tensor: &str) -> Result<&Entry> {
+        self.file(tensor)?.entry(tensor)
+    }
+
+    /// Reads bytes of one of them, as [`File::read_part`].
+    ///
+    /// # Errors
+    /// As [`File::read_part`].
+    pub fn read_part(&self, tensor: &str, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.file(tensor)?.read_part(tensor, offset, into)
+    }
+
+    /// The files, in the order of their names.
+    pub fn files(&self) -> &[File<'a>] {
+        &self.files
+    }
+
+    /// The names of all tensors that a parameter consists of: its own, and those that describe a 4-bit weight.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `name` is no parameter.
+    pub fn tensors(&self, name: &str) -> Result<Vec<&str>> {
+        match self.parameters.get_key_value(name) {
+            None => Err(Error::argument("name", "a parameter", name)),
+            Some((name, Parameter::Dense { .. })) => Ok(vec![name]),
+            Some((name, Parameter::Nf4 { .. })) => {
+                let of = |tensor: &str| tensor.strip_prefix(name).is_some_and(|end| end.is_empty() || is_companion(end));
+                Ok(self.places.range(name.clone()..).map(|(tensor, _)| tensor.as_str()).take_while(|t| t.starts_with(name)).filter(|t| of(t)).collect())
+            }
+        }
     }
 
     /// Reads everything.
@@ -180,6 +243,13 @@ impl<'a> Reader<'a> {
             Parameter::Dense { .. } => None,
         });
         storage.unwrap_or_default()
+    }
+
+    fn state(&self, name: &str) -> Result<&QuantState> {
+        match self.parameters.get(name) {
+            Some(Parameter::Nf4 { state, .. }) => Ok(state),
+            _ => Err(Error::argument("name", "a 4-bit weight", name)),
+        }
     }
 
     /// The file that has a tensor.
@@ -259,18 +329,36 @@ impl<'a> Reader<'a> {
         Err(Error::format(file.place(name), wanted, format!("{} {:?}", entry.dtype, entry.shape)))
     }
 
+    /// The scales of some blocks.
+    fn scales(&self, name: &str, state: &QuantState, blocks: Range<usize>) -> Result<Vec<f32>> {
+        let key = format!("{name}{ABSMAX}");
+        let Some(nested) = state.nested else { return self.finite_rows(&key, blocks) };
+        let mut q = vec![0; blocks.len()];
+        self.file(&key)?.read_part(&key, blocks.start as u64, &mut q)?;
+        let outer = blocks.start / nested.blocksize;
+        let absmax = self.magnitudes(name, outer..block_count(blocks.end, nested.blocksize))?;
+        let map = self.finite(name, NESTED_QUANT_MAP)?;
+        let scale = |(block, q): (usize, u8)| map[usize::from(q)] * absmax[block / nested.blocksize - outer] + nested.offset;
+        Ok(blocks.zip(q).map(scale).collect())
+    }
+
+    /// Scales of scales.
+    fn magnitudes(&self, name: &str, blocks: Range<usize>) -> Result<Vec<f32>> {
+        let key = format!("{name}{NESTED_ABSMAX}");
+        let absmax = self.finite_rows(&key, blocks.clone())?;
+        match absmax.iter().position(|scale| *scale < 0.0) {
+            None => Ok(absmax),
+            Some(i) => {
+                let got = format!("{} at {}", absmax[i], blocks.start + i);
+                Err(Error::format(self.file(&key)?.place(&key), "magnitudes", got))
+            }
+        }
+    }
+
     fn nested(&self, name: &str, state: NestedState) -> Result<NestedAbsmax> {
         let key = format!("{name}{ABSMAX}");
         let q = self.file(&key)?.raw(&key)?.bytes;
-        let absmax = self.finite(name, NESTED_ABSMAX)?;
-        if let Some(i) = absmax.iter().position(|scale| *scale < 0.0) {
-            let key = format!("{name}{NESTED_ABSMAX}");
-            return Err(Error::format(
-                self.file(&key)?.place(&key),
-                "magnitudes",
-                format!("{} at {i}", absmax[i]),
-            ));
-        }
+        let absmax = self.magnitudes(name, 0..block_count(q.len(), state.blocksize))?;
         let map = self.finite(name, NESTED_QUANT_MAP)?;
         let map = map.into_boxed_slice().try_into().expect("its length was checked");
         NestedAbsmax::from_parts(q, absmax, map, state.offset, state.blocksize)
@@ -294,11 +382,19 @@ impl<'a> Reader<'a> {
     /// A companion of f32 values, none of them NaN or infinite.
     fn finite(&self, name: &str, suffix: &str) -> Result<Vec<f32>> {
         let key = format!("{name}{suffix}");
-        let file = self.file(&key)?;
-        let values = file.tensor(&key)?.as_slice::<f32>().expect("its type was checked").to_vec();
+        let all = 0..self.file(&key)?.entry(&key)?.shape[0];
+        self.finite_rows(&key, all)
+    }
+
+    /// A part of one.
+    fn finite_rows(&self, key: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let (file, start) = (self.file(key)?, rows.start);
+        let values = file.tensor_rows(key, rows)?.as_slice::<f32>().expect("its type was checked").to_vec();
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(Error::format(file.place(&key), "finite values", format!("{} at {i}", values[i]))),
+            Some(i) => {
+                Err(Error::format(file.place(key), "finite values", format!("{} at {}", values[i], start + i)))
+            }
         }
     }
 }

@@ -8,8 +8,8 @@ use serde_json::json;
 use super::layout::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QUANT_STATE, layout};
 use super::quant_state::{QUANT_TYPES, QuantState, name};
 use super::{CONFIG, Checkpoint, INDEX, MODEL, Storage};
-use crate::formats::safetensors::{Dtype, Item, replace, write};
-use crate::nf4::{Absmax, Nf4Matrix, QuantType};
+use crate::formats::safetensors::{Dtype, Item, Raw, replace, write};
+use crate::nf4::{Absmax, Codebook, Nf4Matrix, QuantType, block_count, packed_len};
 use crate::{Error, Result};
 
 /// How [`Checkpoint::save`] writes.
@@ -108,51 +108,99 @@ fn one<'a>(name: &str, item: Item<'a>) -> Items<'a> {
 /// The tensors of a 4-bit weight.
 fn weight_items<'a>(weight: &str, matrix: &'a Nf4Matrix, storage: Storage) -> Result<Items<'a>> {
     let place = || format!("checkpoint.nf4[{weight:?}]");
-    let quant_type = matrix.codebook().quant_type();
-    if quant_type == QuantType::Custom {
-        return Err(Error::unsupported(place(), "a codebook other than NF4 and FP4 in a file"));
-    }
-    if matrix.shape().is_empty() || matrix.numel() == 0 {
-        return Err(Error::argument(place(), "a shape without zeros", format!("{:?}", matrix.shape())));
-    }
     let packed = matrix.packed();
-    if !packed.len().is_multiple_of(storage.size()) {
-        let wanted = format!("a multiple of {} bytes, to store it as {}", storage.size(), storage.name());
-        return Err(Error::argument(format!("{}.packed", place()), wanted, packed.len()));
+    check(&QuantState::of(matrix), storage).map_err(|error| error.within(place()))?;
+    let companions = companions(weight, &QuantState::of(matrix), matrix.codebook(), matrix.absmax())
+        .map_err(|error| error.within(place()))?;
+    let mut items: Items = companions.into_iter().map(|(name, raw)| (name, raw.into())).collect();
+    items.insert(weight.to_owned(), Item::new(storage.dtype(), [packed.len() / storage.size(), 1], packed));
+    Ok(items)
+}
+
+/// The tensors that a weight of this state has in a file, in the order of the table [above](super): name, dtype, shape. The last
+/// one is the JSON text, which is as long as `state` is when it is printed.
+///
+/// # Errors
+/// [`Error::Argument`] when the shape is empty or has a 0, or the codes do not fill the last element of the storage type.
+/// [`Error::Unsupported`] for a quantisation type other than NF4 and FP4.
+pub fn tensors_of(
+    weight: &str,
+    state: &QuantState,
+    storage: Storage,
+) -> Result<Vec<(String, Dtype, Vec<usize>)>> {
+    let bytes = check(state, storage)?;
+    let blocks = block_count(state.numel(), state.blocksize);
+    let absmax = if state.nested.is_some() { Dtype::U8 } else { Dtype::F32 };
+    let mut tensors = vec![
+        (String::new(), storage.dtype(), vec![bytes / storage.size(), 1]),
+        (ABSMAX.into(), absmax, vec![blocks]),
+        (QUANT_MAP.into(), Dtype::F32, vec![16]),
+    ];
+    if let Some(nested) = state.nested {
+        tensors.push((NESTED_ABSMAX.into(), Dtype::F32, vec![block_count(blocks, nested.blocksize)]));
+        tensors.push((NESTED_QUANT_MAP.into(), Dtype::F32, vec![256]));
     }
-    let f32s = |values: &'a [f32]| -> Result<Item<'a>> {
-        match values.iter().position(|v| !v.is_finite()) {
-            None => Ok(Item::new(Dtype::F32, [values.len()], bytemuck::cast_slice(values))),
-            Some(i) => {
-                let got = format!("{} for block {i}", values[i]);
-                Err(Error::argument(format!("{}.absmax", place()), "finite scales, of a finite weight", got))
-            }
+    let suffix = format!("{QUANT_STATE}{}", name(&QUANT_TYPES, state.quant_type));
+    tensors.push((suffix, Dtype::U8, vec![state.to_string().len()]));
+    tensors.iter_mut().for_each(|(name, ..)| name.insert_str(0, weight));
+    Ok(tensors)
+}
+
+/// The contents of these tensors, but for the codes.
+///
+/// # Errors
+/// [`Error::Argument`] when a scale is not finite: then the weight was not, and a reader would refuse it.
+pub fn companions(
+    weight: &str,
+    state: &QuantState,
+    codebook: &Codebook,
+    absmax: &Absmax,
+) -> Result<Vec<(String, Raw)>> {
+    let u8s = |bytes: &[u8]| Raw { dtype: Dtype::U8, shape: vec![bytes.len()], bytes: bytes.to_vec() };
+    let f32s = |values: &[f32]| match values.iter().position(|v| !v.is_finite()) {
+        None => {
+            let bytes = bytemuck::cast_slice(values).to_vec();
+            Ok(Raw { dtype: Dtype::F32, shape: vec![values.len()], bytes })
+        }
+        Some(i) => {
+            Err(Error::argument("absmax", FINITE, format!("{} for block {i}", values[i])))
         }
     };
-    let mut items = Items::new();
-    let mut put = |suffix: &str, item: Item<'a>| items.insert(format!("{weight}{suffix}"), item);
-    put("", Item::new(storage.dtype(), [packed.len() / storage.size(), 1], packed));
-    put(QUANT_MAP, f32s(matrix.codebook().values())?);
-    match matrix.absmax() {
-        Absmax::Plain(absmax) => {
-            put(ABSMAX, f32s(absmax)?);
-        }
+    let mut tensors = Vec::new();
+    let mut put = |suffix: &str, raw: Raw| tensors.push((format!("{weight}{suffix}"), raw));
+    put(QUANT_MAP, f32s(codebook.values())?);
+    match absmax {
+        Absmax::Plain(absmax) => put(ABSMAX, f32s(absmax)?),
         Absmax::Nested(nested) => {
             if !nested.offset().is_finite() {
-                let wanted = "finite scales, of a finite weight";
-                return Err(Error::argument(format!("{}.absmax.offset", place()), wanted, nested.offset()));
+                return Err(Error::argument("absmax.offset", FINITE, nested.offset()));
             }
-            put(ABSMAX, Item::new(Dtype::U8, [nested.q().len()], nested.q()));
+            put(ABSMAX, u8s(nested.q()));
             put(NESTED_ABSMAX, f32s(nested.absmax())?);
             put(NESTED_QUANT_MAP, f32s(nested.map())?);
         }
     }
-    let text = QuantState::of(matrix).to_string().into_bytes();
-    put(
-        &format!("{QUANT_STATE}{}", name(&QUANT_TYPES, quant_type)),
-        Item::new(Dtype::U8, [text.len()], text),
-    );
-    Ok(items)
+    let suffix = format!("{QUANT_STATE}{}", name(&QUANT_TYPES, state.quant_type));
+    put(&suffix, u8s(state.to_string().as_bytes()));
+    Ok(tensors)
+}
+
+const FINITE: &str = "finite scales, of a finite weight";
+
+/// Checks that a weight can be stored, and counts the bytes of its codes.
+fn check(state: &QuantState, storage: Storage) -> Result<usize> {
+    if state.quant_type == QuantType::Custom {
+        return Err(Error::unsupported("a 4-bit weight", "a codebook other than NF4 and FP4 in a file"));
+    }
+    if state.shape.is_empty() || state.shape.contains(&0) {
+        return Err(Error::argument("shape", "a shape without zeros", format!("{:?}", state.shape)));
+    }
+    let bytes = packed_len(state.numel());
+    if !bytes.is_multiple_of(storage.size()) {
+        let wanted = format!("a multiple of {} bytes, to store it as {}", storage.size(), storage.name());
+        return Err(Error::argument("packed", wanted, bytes));
+    }
+    Ok(bytes)
 }
 
 /// Fills files of at most `limit` bytes, in order. A parameter stays in one file, with all its tensors.
