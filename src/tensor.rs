@@ -1,5 +1,7 @@
 //! Host tensors as files hold them: a shape, and elements of one [`DType`], row-major.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::{DType, Element, Error, Result};
@@ -95,6 +97,23 @@ impl Tensor {
     /// The elements, row-major.
     pub fn data(&self) -> &Data {
         &self.data
+    }
+
+    /// Some rows: the elements of `rows` in the first dimension.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there are no such rows, or no dimensions.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let Some((count, rest)) = self.shape.split_first().filter(|(n, _)| rows.start <= rows.end && rows.end <= **n)
+        else {
+            let wanted = format!("a range of the rows of {:?}", self.shape);
+            return Err(Error::argument("rows", wanted, format!("{rows:?}")));
+        };
+        let columns = self.numel() / count.max(&1);
+        let shape: Vec<usize> = [rows.len()].into_iter().chain(rest.iter().copied()).collect();
+        let elements = rows.start * columns..rows.end * columns;
+        let data = each_dtype!(&self.data, v => Element::into_data(v[elements].to_vec()));
+        Self::new(shape, data)
     }
 
     /// How many elements there are.

@@ -94,15 +94,18 @@ impl Change for Decode {
 
     fn rows(&self, source: &Source, name: &str, rows: Range<usize>) -> Result<Rows> {
         let rows = source.reader().nf4_rows(name, rows)?;
-        let tensor = match self.0.unwrap_or(rows.dtype()) {
-            DType::F32 => decode::<f32>(&rows),
-            DType::F16 => decode::<f16>(&rows),
-            DType::BF16 => decode::<bf16>(&rows),
-        };
-        Ok(Rows::Dense(tensor?))
+        decode(&rows, self.0.unwrap_or(rows.dtype())).map(Rows::Dense)
     }
 }
 
-fn decode<T: Element>(rows: &Nf4Matrix) -> Result<Tensor> {
-    Ok(Tensor::new(rows.shape(), T::into_data(rows.dequantize::<T>()))?)
+/// A 4-bit weight as a dense one.
+pub fn decode(weight: &Nf4Matrix, dtype: DType) -> Result<Tensor> {
+    fn decode<T: Element>(weight: &Nf4Matrix) -> Result<Tensor> {
+        Ok(Tensor::new(weight.shape(), T::into_data(weight.dequantize::<T>()))?)
+    }
+    match dtype {
+        DType::F32 => decode::<f32>(weight),
+        DType::F16 => decode::<f16>(weight),
+        DType::BF16 => decode::<bf16>(weight),
+    }
 }

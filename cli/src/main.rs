@@ -7,10 +7,12 @@ use clap::{Parser, Subcommand};
 mod demo;
 mod dequantize;
 mod inspect;
+mod merge;
 mod model;
 mod quantize;
 mod table;
 mod tensors;
+mod unmerge;
 mod verify;
 
 /// Low-rank adapters on dense and NF4 weights.
@@ -31,6 +33,10 @@ enum Command {
     Quantize(quantize::Arguments),
     /// Turn a 4-bit model's folder into a dense one.
     Dequantize(dequantize::Arguments),
+    /// Merge adapters into a model's folder.
+    Merge(merge::Arguments),
+    /// Take merged adapters out of a model's folder again.
+    Unmerge(unmerge::Arguments),
     /// Check this library against a folder of reference data.
     Verify(verify::Arguments),
 }
@@ -49,6 +55,8 @@ fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Quantize(arguments) => quantize::run(&arguments),
         Command::Dequantize(arguments) => dequantize::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
+        Command::Unmerge(arguments) => unmerge::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match result {

@@ -4,11 +4,13 @@
 //! says what becomes of each parameter. [`rewrite`] takes a weight in slabs of rows, so that neither a model nor a weight need fit
 //! in memory.
 
+mod adapters;
 mod output;
 mod progress;
 mod rewrite;
 mod source;
 
+pub use adapters::{Adapters, cast};
 pub use output::Output;
 pub use progress::{Summary, number};
 pub use rewrite::{Change, Fate, Rows, rewrite};

@@ -9,10 +9,10 @@ use std::sync::{Mutex, MutexGuard};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
-use lora_kernels::formats::bitsandbytes::{Parameter, QuantState, Storage, companions, tensors_of};
+use lora_kernels::formats::bitsandbytes::{Parameter, QuantState, companions, tensors_of};
 use lora_kernels::formats::safetensors::{Dtype, Layout};
 use lora_kernels::nf4::{Absmax, Codebook, Nf4Matrix, QuantType, block_count, nest};
-use lora_kernels::{DType, Tensor};
+use lora_kernels::Tensor;
 use serde_json::{Value, json};
 
 use super::source::{INDEX, Source, file_name};
@@ -49,7 +49,8 @@ pub enum Fate {
 pub enum Rows {
     /// Of a dense parameter.
     Dense(Tensor),
-    /// Of a 4-bit weight, with plain scales; they are quantised when all are known.
+    /// Of a 4-bit weight, with plain scales; they are quantised when all are known, if they have to be. A whole weight may come
+    /// with its own quantised scales.
     Nf4(Nf4Matrix),
 }
 
@@ -105,10 +106,11 @@ struct Changed<'a> {
     name: &'a str,
     shard: usize,
     columns: usize,
+    whole: bool,
     /// Slabs that are not done.
     left: AtomicUsize,
     /// Of a parameter that will be a 4-bit weight.
-    target: Option<(QuantState, Mutex<Vec<f32>>)>,
+    target: Option<(QuantState, Mutex<Absmax>)>,
 }
 
 /// One step of a worker.
@@ -126,11 +128,13 @@ struct Work<'a> {
     files: Vec<Shard>,
     changed: Vec<Changed<'a>>,
     pieces: Vec<Piece<'a>>,
+    /// Held while a parameter is changed as a whole, so that only one of them is in memory.
+    whole: Mutex<()>,
 }
 
 impl<'a> Work<'a> {
     fn plan(source: &'a Source, output: &Output, change: &'a dyn Change) -> Result<Self> {
-        let mut work = Self { source, change, files: Vec::new(), changed: Vec::new(), pieces: Vec::new() };
+        let mut work = Self { source, change, files: Vec::new(), changed: Vec::new(), pieces: Vec::new(), whole: Mutex::default() };
         for (shard, file) in source.reader().files().iter().enumerate() {
             let mut tensors = Vec::new();
             for (name, parameter) in source.reader().parameters() {
@@ -195,12 +199,13 @@ impl<'a> Work<'a> {
             }
             Parameter::Nf4 { state, storage } => {
                 tensors.extend(tensors_of(name, &state, storage)?);
-                let absmax = vec![0.0; block_count(state.numel(), state.blocksize)];
+                // Not touched before its slabs are, and dropped when they are done.
+                let absmax = Absmax::Plain(vec![0.0; block_count(state.numel(), state.blocksize)]);
                 Some((state, Mutex::new(absmax)))
             }
         };
         let left = AtomicUsize::new(slabs);
-        self.changed.push(Changed { name, shard, columns, left, target });
+        self.changed.push(Changed { name, shard, columns, whole, left, target });
         Ok(())
     }
 
@@ -239,6 +244,7 @@ impl<'a> Work<'a> {
             }
             Piece::Change { changed, rows, .. } => {
                 let changed = &self.changed[*changed];
+                let _alone = changed.whole.then(|| lock(&self.whole));
                 let done = self.rows(changed, rows.clone());
                 done.with_context(|| format!("{}, from row {} on", changed.name, rows.start))
             }
@@ -256,15 +262,23 @@ impl<'a> Work<'a> {
                 let first = start / state.blocksize;
                 let absmax = matrix.absmax().dequantize();
                 if let Some(i) = absmax.iter().position(|scale| !scale.is_finite()) {
-                    bail!("wanted finite numbers, got others among elements {}..{}", (first + i) * state.blocksize, (first + i + 1) * state.blocksize);
+                    let block = (first + i) * state.blocksize;
+                    bail!("wanted finite numbers, got others among elements {block}..{}", block + state.blocksize);
                 }
-                lock(scales)[first..first + absmax.len()].copy_from_slice(&absmax);
+                match (matrix.absmax(), &mut *lock(scales)) {
+                    (Absmax::Plain(part), Absmax::Plain(all)) => all[first..first + part.len()].copy_from_slice(part),
+                    (nested, all) => *all = nested.clone(),
+                }
             }
             _ => unreachable!("rows are of the kind that was planned"),
         }
         if changed.left.fetch_sub(1, Ordering::AcqRel) == 1 {
             if let Some((state, scales)) = &changed.target {
-                shard.write_scales(changed.name, state, std::mem::take(&mut lock(scales)))?;
+                let scales = match std::mem::replace(&mut *lock(scales), Absmax::Plain(Vec::new())) {
+                    Absmax::Plain(absmax) if state.nested.is_some() => Absmax::Nested(nest(&absmax)),
+                    scales => scales,
+                };
+                shard.write_scales(changed.name, state, &scales)?;
             }
             self.change.done(changed.name)?;
         }
@@ -297,14 +311,12 @@ impl Shard {
     }
 
     /// Writes all that a 4-bit weight has besides its codes.
-    fn write_scales(&self, weight: &str, state: &QuantState, absmax: Vec<f32>) -> Result<()> {
-        let (mut state, mut absmax) = (state.clone(), Absmax::Plain(absmax));
-        if let Some(nested_state) = &mut state.nested {
-            let nested = nest(&absmax.dequantize());
-            nested_state.offset = nested.offset();
-            absmax = Absmax::Nested(nested);
+    fn write_scales(&self, weight: &str, state: &QuantState, absmax: &Absmax) -> Result<()> {
+        let mut state = state.clone();
+        if let (Some(state), Absmax::Nested(nested)) = (&mut state.nested, absmax) {
+            state.offset = nested.offset();
         }
-        for (tensor, raw) in companions(weight, &state, &codebook(state.quant_type), &absmax)? {
+        for (tensor, raw) in companions(weight, &state, &codebook(state.quant_type), absmax)? {
             self.write(&tensor, 0, raw.bytes)?;
         }
         Ok(())
