@@ -104,7 +104,8 @@ impl Tensor {
     /// # Errors
     /// [`Error::Argument`] when there are no such rows, or no dimensions.
     pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
-        let Some((count, rest)) = self.shape.split_first().filter(|(n, _)| rows.start <= rows.end && rows.end <= **n)
+        let Some((count, rest)) =
+            self.shape.split_first().filter(|(n, _)| rows.start <= rows.end && rows.end <= **n)
         else {
             let wanted = format!("a range of the rows of {:?}", self.shape);
             return Err(Error::argument("rows", wanted, format!("{rows:?}")));

@@ -647,3 +647,50 @@ fn misfits_are_refused() {
     let stack = Stack::new(&[&wide], &zeros(&[1 << 62, 0])).unwrap();
     assert_eq!(argument(stack.forward(&zeros(&[1 << 62, 0]), &zeros(&[1 << 62, 0]), None)), "y");
 }
+
+/// A weight that is adapted in parts is the weight that is adapted as a whole.
+#[test]
+fn rows_are_adapted_as_the_whole_is() {
+    let check = |case: &Case| {
+        let (rows, norms_span_rows) = (
+            case.weight.shape()[0],
+            matches!(case.adapter, Adapter::Dora(_)) && case.adapter.fan_in_fan_out(),
+        );
+        let whole = Stack::new(&[case.adapter], &case.weight).unwrap();
+        let merged = whole.merge(&case.weight, DType::F32).unwrap().weight;
+        for part in [0..rows, 0..1, 1..rows / 2, rows / 2..rows, rows..rows] {
+            if norms_span_rows && part.len() < rows {
+                assert_eq!(argument(case.adapter.rows(part)), "rows");
+                continue;
+            }
+            let adapter = case.adapter.rows(part.clone()).unwrap();
+            let weight = case.weight.rows(part.clone()).unwrap();
+            let stack = Stack::new(&[&adapter], &weight).unwrap();
+            assert_eq!(
+                stack.merge(&weight, DType::F32).unwrap().weight,
+                merged.rows(part.clone()).unwrap(),
+                "{}",
+                case.name
+            );
+            let bias = (!adapter.fan_in_fan_out())
+                .then(|| case.bias.as_ref().map(|bias| bias.rows(part.clone()).unwrap()))
+                .flatten();
+            if let (Some(bias), Some(all)) = (bias, whole.merge_bias(case.bias.as_ref(), DType::F32).unwrap())
+            {
+                assert_eq!(stack.merge_bias(Some(&bias), DType::F32).unwrap(), Some(all.rows(part).unwrap()));
+            }
+        }
+        assert_eq!(argument(case.adapter.rows(0..rows + 1)), "rows");
+        assert_eq!(
+            argument(case.adapter.rows(
+                #[expect(clippy::reversed_empty_ranges)]
+                {
+                    2..1
+                }
+            )),
+            "rows"
+        );
+    };
+    each_module(false, check);
+    each_module(true, check);
+}

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use lora_kernels::formats::bitsandbytes::{self, Checkpoint, Parameter, Reader, SaveOptions, Storage};
+use lora_kernels::formats::safetensors::Layout;
 use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Error, Tensor};
 use mutate::{Folder, Tensors, assert_refused, edit_header, file};
@@ -586,4 +587,113 @@ fn unwritable_checkpoints_are_refused() {
     for name in ["w", "w.absmax", "v.absmax", "v.SCB", "v.quant_state.bitsandbytes__nf4"] {
         refused(name, Checkpoint { dense: [(name.to_owned(), dense.clone())].into(), ..good.clone() });
     }
+}
+
+/// Parts of weights, as a model larger than memory is walked through.
+#[test]
+fn rows_are_those_of_the_whole() {
+    for folder in FOLDERS {
+        let (reader, whole) =
+            (Reader::open(data(folder)).unwrap(), bitsandbytes::load(data(folder)).unwrap());
+        for (name, weight) in &whole.nf4 {
+            let &[n, k] = weight.shape() else { panic!("a matrix") };
+            // 192 and 128 columns: every row begins with a block.
+            for rows in [0..n, 0..1, 1..4, n - 3..n, n..n] {
+                let part = reader.nf4_rows(name, rows.clone()).unwrap();
+                assert_eq!((part.shape(), part.dtype()), (&[rows.len(), k][..], weight.dtype()));
+                assert!(matches!(part.absmax(), Absmax::Plain(_)));
+                assert_eq!(part.packed(), &weight.packed()[rows.start * k / 2..rows.end * k / 2]);
+                let blocks = rows.start * k / 64..rows.end * k / 64;
+                assert_eq!(part.absmax().dequantize()[..], weight.absmax().dequantize()[blocks]);
+                assert_eq!(part.codebook(), weight.codebook());
+            }
+        }
+        for (name, tensor) in &whole.dense {
+            let count = tensor.shape()[0];
+            for rows in [0..count, 1..2, count - 2..count, count..count] {
+                assert_eq!(reader.dense_rows(name, rows.clone()).unwrap(), tensor.rows(rows).unwrap());
+            }
+        }
+    }
+    // A block of 64 spans rows of 100.
+    let reader = Reader::open(data("bare.safetensors")).unwrap();
+    assert_eq!(reader.nf4_rows("proj_c.weight", 16..60).unwrap().shape(), [44, 100]);
+    let refusal = |result: lora_kernels::Result<Nf4Matrix>| result.unwrap_err().to_string();
+    let error = refusal(reader.nf4_rows("proj_c.weight", 1..60));
+    assert!(error.starts_with("rows: wanted a start at a multiple of 64"), "{error}");
+    assert!(refusal(reader.nf4_rows("proj_c.weight", 0..61)).starts_with("rows: wanted"));
+    assert!(refusal(reader.nf4_rows("nothing", 0..1)).starts_with("name: wanted a 4-bit weight"));
+    assert!(reader.dense_rows("proj_c.bias", 3..61).unwrap_err().to_string().starts_with("rows: wanted"));
+    assert!(
+        reader
+            .read_part("proj_c.weight", 2990, &mut [0; 11])
+            .unwrap_err()
+            .to_string()
+            .starts_with("into: wanted")
+    );
+}
+
+#[test]
+fn the_tensors_of_a_parameter_are_its_own() {
+    let reader = Reader::open(data("hf_dq_bf16")).unwrap();
+    let all: usize = reader.parameters().keys().map(|name| reader.tensors(name).unwrap().len()).sum();
+    assert_eq!(all, reader.files().iter().map(|file| file.entries().len()).sum::<usize>());
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let Parameter::Nf4 { state, storage } = &reader.parameters()[name] else { panic!("a 4-bit weight") };
+    let mut wanted = bitsandbytes::tensors_of(name, state, *storage).unwrap();
+    for (name, dtype, shape) in &wanted {
+        let entry = reader.entry(name).unwrap();
+        assert_eq!((entry.dtype, &entry.shape), (*dtype, shape), "{name}");
+    }
+    wanted.sort();
+    assert_eq!(
+        wanted.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>(),
+        reader.tensors(name).unwrap()
+    );
+    // And what is in them, but for the codes.
+    let weight = reader.nf4(name).unwrap();
+    let companions = bitsandbytes::companions(name, state, weight.codebook(), weight.absmax()).unwrap();
+    assert_eq!(companions.len(), wanted.len() - 1);
+    for (name, raw) in companions {
+        let mut bytes = vec![0; raw.bytes.len()];
+        reader.read_part(&name, 0, &mut bytes).unwrap();
+        assert_eq!(raw.bytes, bytes, "{name}");
+    }
+    assert!(reader.tensors("nothing").is_err());
+}
+
+/// A file that is written in pieces is one that the reference implementation reads.
+#[test]
+fn a_layout_is_a_file() {
+    let tensors = || {
+        [
+            ("b", Dtype::BF16, vec![2, 3]),
+            ("a", Dtype::F32, vec![]),
+            ("c", Dtype::U8, vec![0, 4]),
+            ("d", Dtype::U8, vec![5]),
+        ]
+        .map(|(name, dtype, shape)| (name.to_owned(), dtype, shape))
+    };
+    for min_header in [0, 500] {
+        let layout = Layout::new(tensors(), min_header).unwrap();
+        assert!(layout.header().len() >= min_header && layout.header().len() % 8 == 0);
+        let mut file = vec![0; layout.len() as usize];
+        file[..layout.header().len()].copy_from_slice(layout.header());
+        for (i, (name, ..)) in tensors().iter().enumerate() {
+            let range = layout.range(name).unwrap();
+            file[range.start as usize..range.end as usize].fill(i as u8 + 1);
+        }
+        let read = safetensors::SafeTensors::deserialize(&file).unwrap();
+        for (i, (name, dtype, shape)) in tensors().into_iter().enumerate() {
+            let view = read.tensor(&name).unwrap();
+            assert_eq!((view.dtype(), view.shape()), (dtype, &shape[..]));
+            assert!(view.data().iter().all(|byte| *byte == i as u8 + 1));
+        }
+        assert_eq!(layout.tensors().collect::<Vec<_>>(), ["a", "b", "c", "d"]);
+        assert_eq!(layout.range("e"), None);
+    }
+    let twice = Layout::new([("a".to_owned(), Dtype::U8, vec![1]), ("a".to_owned(), Dtype::U8, vec![1])], 0);
+    assert!(twice.unwrap_err().to_string().starts_with("tensors: wanted one tensor a"));
+    let large = Layout::new([("a".to_owned(), Dtype::F32, vec![usize::MAX / 2, 2])], 0);
+    assert!(large.unwrap_err().to_string().starts_with("tensors[\"a\"]: wanted"));
 }

@@ -89,18 +89,26 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let adapters = Adapters::open(&source, &arguments.adapters, &arguments.weight, arguments.allow_missing)?;
     let four_bit = source.four_bit().count() > 0;
     ensure!(
-        four_bit || arguments.scale == ScaleArgument::Largest && arguments.rounding == RoundingArgument::Nearest,
+        four_bit
+            || arguments.scale == ScaleArgument::Largest && arguments.rounding == RoundingArgument::Nearest,
         "--scale, --rounding: wanted a 4-bit model, got {}, which is dense",
         source.folder().display()
     );
-    let inputs: Vec<&Path> = [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
+    let inputs: Vec<&Path> =
+        [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
     let output = Output::create(&arguments.out.out, &inputs, arguments.out.force)?;
-    let merge = Merge { adapters: &adapters, dtype: arguments.dtype, requantize: arguments.requantize(), reports: Mutex::default() };
+    let merge = Merge {
+        adapters: &adapters,
+        dtype: arguments.dtype,
+        requantize: arguments.requantize(),
+        reports: Mutex::default(),
+    };
     let bytes = rewrite(&source, &output, &merge, &mut summary)?;
 
     let reports = merge.reports();
     let total: MergeReport = reports.values().copied().sum();
-    let min_gain = arguments.min_gain.unwrap_or(if four_bit && arguments.dtype.is_none() { 0.9 } else { 0.0 });
+    let min_gain =
+        arguments.min_gain.unwrap_or(if four_bit && arguments.dtype.is_none() { 0.9 } else { 0.0 });
     // Not `<`: a gain that is no number is refused too.
     if !(total.retained_gain() >= min_gain) {
         bail!(
@@ -134,18 +142,31 @@ impl Arguments {
     }
 }
 
-fn describe(summary: &mut Summary, adapters: &Adapters, reports: &BTreeMap<String, MergeReport>, total: MergeReport) {
+fn describe(
+    summary: &mut Summary,
+    adapters: &Adapters,
+    reports: &BTreeMap<String, MergeReport>,
+    total: MergeReport,
+) {
     let replaced: Vec<&String> = adapters.replaced().collect();
     summary.say(format!("{} weights with adapters, {} tensors replaced", adapters.len(), replaced.len()));
     if !adapters.missing().is_empty() {
         summary.say(format!("left out, as the model has no such modules: {}", adapters.missing().join(", ")));
     }
     summary.say(total.to_string());
-    if let Some((name, least)) = reports.iter().min_by(|a, b| a.1.retained_gain().total_cmp(&b.1.retained_gain())) {
+    if let Some((name, least)) =
+        reports.iter().min_by(|a, b| a.1.retained_gain().total_cmp(&b.1.retained_gain()))
+    {
         summary.say(format!("least of all is left in {name}: {least}"));
     }
     summary.field("report", json_report(&total));
-    summary.field("weights", reports.iter().map(|(name, report)| (name.clone(), json_report(report))).collect::<serde_json::Map<_, _>>());
+    summary.field(
+        "weights",
+        reports
+            .iter()
+            .map(|(name, report)| (name.clone(), json_report(report)))
+            .collect::<serde_json::Map<_, _>>(),
+    );
     summary.field("replaced", json!(replaced));
     summary.field("missing", json!(adapters.missing()));
 }
@@ -221,7 +242,8 @@ impl Change for Merge<'_> {
                 Fate::Whole(Parameter::Nf4 { state, storage: *storage })
             }
             (Parameter::Dense { dtype, shape }, _) if touched => {
-                let parameter = Parameter::Dense { dtype: stored(self.dense(name, *dtype)?), shape: shape.clone() };
+                let parameter =
+                    Parameter::Dense { dtype: stored(self.dense(name, *dtype)?), shape: shape.clone() };
                 let whole = self.adapters.need_whole(name) || self.adapters.has_bias(name);
                 if whole { Fate::Whole(parameter) } else { Fate::ByRows(parameter) }
             }

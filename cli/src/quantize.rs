@@ -96,7 +96,8 @@ pub fn dtype(name: &str) -> Result<DType, String> {
 }
 
 /// Modules that look like linear layers in a file and are tables of embeddings.
-const EMBEDDINGS: [&str; 7] = ["embed", "wte", "wpe", "shared", "relative_attention_bias", "patch_embed", "position_emb"];
+const EMBEDDINGS: [&str; 7] =
+    ["embed", "wte", "wpe", "shared", "relative_attention_bias", "patch_embed", "position_emb"];
 /// Layers that make logits or scores of hidden states, which transformers does not quantise.
 const HEADS: [&str; 8] =
     ["lm_head", "embed_out", "score", "classifier", "proj_out", "qa_outputs", "output_projection", "decoder"];
@@ -108,7 +109,10 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let mut summary = Summary::start();
     let source = Source::open(&arguments.model)?;
     if let Some(name) = source.four_bit().next() {
-        bail!("{}: wanted a dense model, got {name} in 4 bits (dequantize makes it dense)", source.folder().display());
+        bail!(
+            "{}: wanted a dense model, got {name} in 4 bits (dequantize makes it dense)",
+            source.folder().display()
+        );
     }
     let plan = arguments.quantisation.plan(&source, arguments.quant_type)?;
     let output = Output::create(&arguments.out.out, &[source.folder()], arguments.out.force)?;
@@ -146,13 +150,19 @@ impl Quantisation {
         let (mut weights, mut kept, mut dtype) = (Vec::new(), Vec::new(), None);
         let (mut skipped, mut chosen) = (vec![false; self.skip.len()], vec![false; self.only.len()]);
         for (name, parameter) in source.reader().parameters() {
-            let (Some(module), Some(from)) = (name.strip_suffix(".weight"), matrix(parameter)) else { continue };
+            let (Some(module), Some(from)) = (name.strip_suffix(".weight"), matrix(parameter)) else {
+                continue;
+            };
             let last = module.rsplit('.').next().unwrap_or(module);
             let skip = mark(&self.skip, &mut skipped, module);
             let only = mark(&self.only, &mut chosen, module);
             if EMBEDDINGS.iter().any(|part| last.contains(part)) && !HEADS.contains(&last) {
-                ensure!(!only, "--only: {module} looks like a table of embeddings, which bitsandbytes does not quantise");
-            } else if skip || !self.only.is_empty() && !only || self.only.is_empty() && HEADS.contains(&last) {
+                ensure!(
+                    !only,
+                    "--only: {module} looks like a table of embeddings, which bitsandbytes does not quantise"
+                );
+            } else if skip || !self.only.is_empty() && !only || self.only.is_empty() && HEADS.contains(&last)
+            {
                 kept.push(module.to_owned());
             } else {
                 dtype = dtype.or(Some(from));
@@ -161,13 +171,26 @@ impl Quantisation {
         }
         for (option, names, used) in [("--skip", &self.skip, &skipped), ("--only", &self.only, &chosen)] {
             if let Some(i) = used.iter().position(|used| !used) {
-                bail!("{option} {}: wanted a module of the model with a two-dimensional weight, got none", names[i]);
+                bail!(
+                    "{option} {}: wanted a module of the model with a two-dimensional weight, got none",
+                    names[i]
+                );
             }
         }
-        let from = dtype.with_context(|| format!("{}: wanted a weight to quantise, got none", source.folder().display()))?;
+        let from = dtype.with_context(|| {
+            format!("{}: wanted a weight to quantise, got none", source.folder().display())
+        })?;
         let nesting = if self.double_quant { Nesting::Nested } else { Nesting::Plain };
         let compute = self.compute_dtype.unwrap_or(from);
-        Ok(Plan { quant_type, blocksize: self.blocksize, nesting, storage: self.storage, compute, weights, kept })
+        Ok(Plan {
+            quant_type,
+            blocksize: self.blocksize,
+            nesting,
+            storage: self.storage,
+            compute,
+            weights,
+            kept,
+        })
     }
 }
 
@@ -175,8 +198,10 @@ impl Quantisation {
 fn mark(names: &[String], used: &mut [bool], module: &str) -> bool {
     let mut any = false;
     for (name, used) in names.iter().zip(used) {
-        let ends = module.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-        let begins = module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let ends =
+            module.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        let begins =
+            module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
         any |= ends || begins;
         *used |= ends || begins;
     }
@@ -208,7 +233,8 @@ impl Plan {
             Type::Nf4 => QuantType::Nf4,
             Type::Fp4 => QuantType::Fp4,
         };
-        let state = QuantState { quant_type, blocksize: self.blocksize, dtype, shape: shape.to_vec(), nested };
+        let state =
+            QuantState { quant_type, blocksize: self.blocksize, dtype, shape: shape.to_vec(), nested };
         Parameter::Nf4 { state, storage: self.storage }
     }
 
@@ -225,7 +251,10 @@ impl Plan {
     /// Writes `config.json` with the block that tells transformers of all this.
     pub fn write_config(&self, source: &Source, output: &Output) -> Result<()> {
         let Parameter::Nf4 { state, .. } = self.parameter(DType::F32, &[]) else { unreachable!("it is") };
-        let text = |list: &Value| list.as_array().is_some_and(|a| a.iter().all(|v| v.as_str().is_some_and(|s| s.ends_with("ForCausalLM"))));
+        let text = |list: &Value| {
+            list.as_array()
+                .is_some_and(|a| a.iter().all(|v| v.as_str().is_some_and(|s| s.ends_with("ForCausalLM"))))
+        };
         let causal = source.config().get("architectures").is_some_and(text);
         // The list replaces transformers' own choice: the head of a causal model, and what is tied to it.
         let kept = match &self.kept[..] {
@@ -236,13 +265,15 @@ impl Plan {
                 Some(head.into_iter().chain(kept.iter().cloned()).collect::<Vec<_>>())
             }
         };
-        let config = config::with_quantization(source.config(), &state, self.storage, self.compute, kept.as_deref());
+        let config =
+            config::with_quantization(source.config(), &state, self.storage, self.compute, kept.as_deref());
         write_config(output, config)
     }
 
     fn describe(&self, summary: &mut Summary) {
         let kept = if self.kept.is_empty() { "none".to_owned() } else { self.kept.join(", ") };
-        summary.say(format!("{} weights in 4 bits; linear layers kept as they are: {kept}", self.weights.len()));
+        summary
+            .say(format!("{} weights in 4 bits; linear layers kept as they are: {kept}", self.weights.len()));
         summary.field("quantized", self.weights.clone());
         summary.field("kept", self.kept.clone());
     }

@@ -44,15 +44,22 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let source = Source::open(&arguments.model)?;
     let adapters = Adapters::open(&source, &arguments.adapters, &arguments.weight, arguments.allow_missing)?;
     if let Some(weight) = adapters.with_dora() {
-        bail!("{weight}: a DoRA cannot be taken out of a merged weight: the norms that it was merged with are gone");
+        bail!(
+            "{weight}: a DoRA cannot be taken out of a merged weight: the norms that it was merged with are gone"
+        );
     }
     let replaced: Vec<&String> = adapters.replaced().collect();
     if !replaced.is_empty() {
-        bail!("the adapters replaced whole tensors, and what was there is gone: {}", replaced[..].iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", "));
+        bail!(
+            "the adapters replaced whole tensors, and what was there is gone: {}",
+            replaced[..].iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", ")
+        );
     }
-    let inputs: Vec<&Path> = [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
+    let inputs: Vec<&Path> =
+        [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
     let output = Output::create(&arguments.out.out, &inputs, arguments.out.force)?;
-    let unmerge = Unmerge { adapters: &adapters, elements: AtomicU64::new(0), undetermined: AtomicU64::new(0) };
+    let unmerge =
+        Unmerge { adapters: &adapters, elements: AtomicU64::new(0), undetermined: AtomicU64::new(0) };
     let bytes = rewrite(&source, &output, &unmerge, &mut summary)?;
     write_config(&output, source.config().clone())?;
     output.commit()?;

@@ -35,10 +35,12 @@ impl Adapter {
         };
         match self {
             Adapter::Lora(whole) => lora(whole).map(Adapter::from),
-            Adapter::Dora(whole) if whole.lora().fan_in_fan_out() && inputs.len() < count => {
-                Err(Error::argument("rows", "all rows, under DoRA with fan_in_fan_out", format!("{inputs:?}")))
+            Adapter::Dora(whole) if whole.lora().fan_in_fan_out() && inputs.len() < count => Err(
+                Error::argument("rows", "all rows, under DoRA with fan_in_fan_out", format!("{inputs:?}")),
+            ),
+            Adapter::Dora(whole) => {
+                Dora::new(lora(whole.lora())?, vector(whole.magnitude())).map(Adapter::from)
             }
-            Adapter::Dora(whole) => Dora::new(lora(whole.lora())?, vector(whole.magnitude())).map(Adapter::from),
             Adapter::AdaLora(whole) => {
                 AdaLora::new(lora_a, whole.lora_e().clone(), lora_b, whole.alpha(), whole.init_r())
                     .map(|part| part.with_fan_in_fan_out(whole.fan_in_fan_out()).into())

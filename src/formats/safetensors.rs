@@ -199,7 +199,11 @@ impl<'a> File<'a> {
 pub(super) fn part(shape: &[usize], rows: &Range<usize>) -> Result<(Vec<usize>, usize)> {
     let (count, rest) = shape.split_first().map_or((1, shape), |(count, rest)| (*count, rest));
     if rows.start > rows.end || rows.end > count {
-        return Err(Error::argument("rows", format!("a range of the {count} of {shape:?}"), format!("{rows:?}")));
+        return Err(Error::argument(
+            "rows",
+            format!("a range of the {count} of {shape:?}"),
+            format!("{rows:?}"),
+        ));
     }
     let shape = shape.first().map(|_| rows.len()).into_iter().chain(rest.iter().copied()).collect();
     Ok((shape, rest.iter().product()))
@@ -213,8 +217,9 @@ impl Source<'_> {
                 into.copy_from_slice(&bytes[start..start + into.len()]);
                 Ok(())
             }
-            Source::Disk { path, file } => read_exact_at(file, offset, into)
-                .map_err(|source| Error::Io { path: path.clone(), source }),
+            Source::Disk { path, file } => {
+                read_exact_at(file, offset, into).map_err(|source| Error::Io { path: path.clone(), source })
+            }
         }
     }
 }
@@ -386,7 +391,11 @@ impl Layout {
             let start = end;
             let size = byte_size(dtype, &shape).and_then(|size| start.checked_add(size));
             end = size.ok_or_else(|| {
-                Error::argument(format!("tensors[{name:?}]"), "whole bytes that can be counted", format!("{dtype} {shape:?}"))
+                Error::argument(
+                    format!("tensors[{name:?}]"),
+                    "whole bytes that can be counted",
+                    format!("{dtype} {shape:?}"),
+                )
             })?;
             let entry = json!({ "dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end] });
             if fields.insert(name.clone(), entry).is_some() {

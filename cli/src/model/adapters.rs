@@ -56,7 +56,14 @@ impl Adapters {
         Ok(adapters)
     }
 
-    fn add(&mut self, source: &Source, folder: &Path, file: AdapterFile, scale: f64, allow_missing: bool) -> Result<()> {
+    fn add(
+        &mut self,
+        source: &Source,
+        folder: &Path,
+        file: AdapterFile,
+        scale: f64,
+        allow_missing: bool,
+    ) -> Result<()> {
         let names = Names::new(source, &file);
         let (mut wrong, mut missing) = (Vec::new(), Vec::new());
         for (module, adapter) in file.adapters {
@@ -70,7 +77,8 @@ impl Adapters {
                 Some(_) => {
                     let place = || format!("{}: {module}", folder.display());
                     check_tied(source, &weight).with_context(place)?;
-                    self.insert(source, weight, weighted(adapter, scale).with_context(place)?).with_context(place)?;
+                    self.insert(source, weight, weighted(adapter, scale).with_context(place)?)
+                        .with_context(place)?;
                 }
             }
         }
@@ -82,10 +90,16 @@ impl Adapters {
                 Some(parameter) if parameter.shape() != tensor.shape() => {
                     wrong.push(format!("{name} {:?} (it is {:?})", tensor.shape(), parameter.shape()));
                 }
-                Some(Parameter::Nf4 { .. }) => bail!("{}: replaces a 4-bit weight, which is not supported", place()),
+                Some(Parameter::Nf4 { .. }) => {
+                    bail!("{}: replaces a 4-bit weight, which is not supported", place())
+                }
                 Some(_) => {
                     check_tied(source, &name).with_context(place)?;
-                    ensure!(self.replaced.insert(name.clone(), tensor).is_none(), "{}: is replaced by two adapters", place());
+                    ensure!(
+                        self.replaced.insert(name.clone(), tensor).is_none(),
+                        "{}: is replaced by two adapters",
+                        place()
+                    );
                 }
             }
         }
@@ -95,7 +109,12 @@ impl Adapters {
             let more = wrong.len().saturating_sub(LISTED);
             wrong.truncate(LISTED);
             let more = if more > 0 { format!(", and {more} more") } else { String::new() };
-            bail!("{}: is for another model than {}: no {}{more}", folder.display(), source.folder().display(), wrong.join(", no "));
+            bail!(
+                "{}: is for another model than {}: no {}{more}",
+                folder.display(),
+                source.folder().display(),
+                wrong.join(", no ")
+            );
         }
         self.missing.append(&mut missing);
         Ok(())
@@ -105,8 +124,12 @@ impl Adapters {
         if let Adapter::Lora(lora) = &adapter
             && lora.lora_bias().is_some()
         {
-            let bias = weight.strip_suffix("weight").map(|module| format!("{module}bias")).unwrap_or_default();
-            ensure!(source.reader().parameters().contains_key(&bias), "lora_bias: the model has no {bias} to add it to");
+            let bias =
+                weight.strip_suffix("weight").map(|module| format!("{module}bias")).unwrap_or_default();
+            ensure!(
+                source.reader().parameters().contains_key(&bias),
+                "lora_bias: the model has no {bias} to add it to"
+            );
             self.biases.entry(bias).or_default().push(lora.clone());
         }
         self.weights.entry(weight).or_default().push(adapter);
@@ -168,7 +191,8 @@ impl Adapters {
 
     /// A weight whose adapters include DoRA.
     pub fn with_dora(&self) -> Option<&String> {
-        let has = |adapters: &Vec<Adapter>| adapters.iter().any(|adapter| matches!(adapter, Adapter::Dora(_)));
+        let has =
+            |adapters: &Vec<Adapter>| adapters.iter().any(|adapter| matches!(adapter, Adapter::Dora(_)));
         self.weights.iter().find(|(_, adapters)| has(adapters)).map(|(name, _)| name)
     }
 }
@@ -194,7 +218,10 @@ impl Names {
             candidates.push(Self { strip: None, add });
         }
         let hits = |names: &Self| {
-            file.adapters.keys().filter(|m| parameters.contains_key(&format!("{}.weight", names.of(m)))).count()
+            file.adapters
+                .keys()
+                .filter(|m| parameters.contains_key(&format!("{}.weight", names.of(m))))
+                .count()
         };
         // The first of the best.
         candidates.into_iter().rev().max_by_key(hits).expect("there is one")
@@ -208,14 +235,23 @@ impl Names {
 
 /// Refuses a table of embeddings that serves as output layer too: merging would change both, where the adapter changes one.
 fn check_tied(source: &Source, name: &str) -> Result<()> {
-    const TABLES: [&str; 4] = ["embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"];
+    const TABLES: [&str; 4] =
+        ["embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"];
     const HEADS: [&str; 2] = ["lm_head.weight", "embed_out.weight"];
-    let is = |name: &str, ends: &[&str]| ends.iter().any(|end| name == *end || name.ends_with(&format!(".{end}")));
+    let is =
+        |name: &str, ends: &[&str]| ends.iter().any(|end| name == *end || name.ends_with(&format!(".{end}")));
     let architectures = source.config().get("architectures").and_then(Value::as_array);
-    let causal = architectures
-        .is_some_and(|list| list.iter().any(|name| name.as_str().is_some_and(|name| name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM"))));
-    let tied = causal && is(name, &TABLES) && !source.reader().parameters().keys().any(|name| is(name, &HEADS));
-    ensure!(!tied, "the model's output layer is tied to this table, and would change with it: untie them first");
+    let causal = architectures.is_some_and(|list| {
+        list.iter().any(|name| {
+            name.as_str().is_some_and(|name| name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM"))
+        })
+    });
+    let tied =
+        causal && is(name, &TABLES) && !source.reader().parameters().keys().any(|name| is(name, &HEADS));
+    ensure!(
+        !tied,
+        "the model's output layer is tied to this table, and would change with it: untie them first"
+    );
     Ok(())
 }
 
@@ -239,9 +275,12 @@ fn weighted(adapter: Adapter, scale: f64) -> Result<Adapter> {
             weighted.with_fan_in_fan_out(ada.fan_in_fan_out()).into()
         }
         Adapter::Embedding(table) => {
-            EmbeddingLora::new(table.lora_a().clone(), table.lora_b().clone(), scale * table.scaling())?.into()
+            EmbeddingLora::new(table.lora_a().clone(), table.lora_b().clone(), scale * table.scaling())?
+                .into()
         }
-        Adapter::Dora(_) => bail!("--weight: a DoRA has no weight but 1: its norms belong to the whole delta"),
+        Adapter::Dora(_) => {
+            bail!("--weight: a DoRA has no weight but 1: its norms belong to the whole delta")
+        }
     })
 }
 

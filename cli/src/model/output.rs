@@ -53,7 +53,10 @@ impl Output {
         if path.exists() {
             ensure!(force, "--out {place}: is there already (--force replaces it)");
             let known = [CONFIG, MODEL, INDEX].iter().any(|name| path.join(name).exists());
-            ensure!(known || is_empty(&path), "--out {place}: is there already, and is no model's folder: not replaced");
+            ensure!(
+                known || is_empty(&path),
+                "--out {place}: is there already, and is no model's folder: not replaced"
+            );
         }
         let lock = claim(&partial).with_context(|| format!("--out {place}: cannot be written"))?;
         Ok(Self { path, partial, replaced, complete: false, _lock: lock })
@@ -71,7 +74,8 @@ impl Output {
     /// Writes a small file.
     pub fn write(&self, inside: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path(inside)?;
-        let written = File::create(&path).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+        let written =
+            File::create(&path).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
         written.with_context(|| path.display().to_string())
     }
 
@@ -79,7 +83,8 @@ impl Output {
     pub fn carry(&self, from: &Path, inside: &Path) -> Result<()> {
         let (from, to) = (from.join(inside), self.path(inside)?);
         let copied = fs::read(&from).with_context(|| from.display().to_string())?;
-        let written = File::create(&to).and_then(|mut file| file.write_all(&copied).and_then(|()| file.sync_all()));
+        let written =
+            File::create(&to).and_then(|mut file| file.write_all(&copied).and_then(|()| file.sync_all()));
         written.with_context(|| to.display().to_string())
     }
 

@@ -9,10 +9,10 @@ use std::sync::{Mutex, MutexGuard};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
+use lora_kernels::Tensor;
 use lora_kernels::formats::bitsandbytes::{Parameter, QuantState, companions, tensors_of};
 use lora_kernels::formats::safetensors::{Dtype, Layout};
 use lora_kernels::nf4::{Absmax, Codebook, Nf4Matrix, QuantType, block_count, nest};
-use lora_kernels::Tensor;
 use serde_json::{Value, json};
 
 use super::source::{INDEX, Source, file_name};
@@ -56,7 +56,12 @@ pub enum Rows {
 
 /// Writes the model as `change` has it, without a `config.json`, and carries over the other files. Returns the bytes read and
 /// written.
-pub fn rewrite(source: &Source, output: &Output, change: &dyn Change, summary: &mut Summary) -> Result<[u64; 2]> {
+pub fn rewrite(
+    source: &Source,
+    output: &Output,
+    change: &dyn Change,
+    summary: &mut Summary,
+) -> Result<[u64; 2]> {
     let (carried, left) = source.others()?;
     carried.iter().try_for_each(|inside| output.carry(source.folder(), inside))?;
     let names = |paths: &[PathBuf]| paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
@@ -66,7 +71,8 @@ pub fn rewrite(source: &Source, output: &Output, change: &dyn Change, summary: &
     summary.field("left_out", names(&left));
 
     let mut work = Work::plan(source, output, change)?;
-    let read: u64 = source.reader().files().iter().flat_map(|file| file.entries().values()).map(|e| e.size()).sum();
+    let read: u64 =
+        source.reader().files().iter().flat_map(|file| file.entries().values()).map(|e| e.size()).sum();
     summary.bar().set_length(read);
     work.run(summary.bar())?;
     let mut shards = Vec::new();
@@ -134,7 +140,14 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     fn plan(source: &'a Source, output: &Output, change: &'a dyn Change) -> Result<Self> {
-        let mut work = Self { source, change, files: Vec::new(), changed: Vec::new(), pieces: Vec::new(), whole: Mutex::default() };
+        let mut work = Self {
+            source,
+            change,
+            files: Vec::new(),
+            changed: Vec::new(),
+            pieces: Vec::new(),
+            whole: Mutex::default(),
+        };
         for (shard, file) in source.reader().files().iter().enumerate() {
             let mut tensors = Vec::new();
             for (name, parameter) in source.reader().parameters() {
@@ -186,7 +199,8 @@ impl<'a> Work<'a> {
         let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
         let slab = if whole { count } else { (SLAB / columns.max(1)).next_multiple_of(step).max(step) };
         let (changed, slabs) = (self.changed.len(), count.div_ceil(slab.max(1)));
-        let bytes: u64 = reader.tensors(name)?.into_iter().map(|t| reader.entry(t).map_or(0, |e| e.size())).sum();
+        let bytes: u64 =
+            reader.tensors(name)?.into_iter().map(|t| reader.entry(t).map_or(0, |e| e.size())).sum();
         for start in (0..count).step_by(slab.max(1)) {
             let rows = start..(start + slab).min(count);
             let bytes = bytes * rows.len() as u64 / count as u64;
@@ -263,10 +277,15 @@ impl<'a> Work<'a> {
                 let absmax = matrix.absmax().dequantize();
                 if let Some(i) = absmax.iter().position(|scale| !scale.is_finite()) {
                     let block = (first + i) * state.blocksize;
-                    bail!("wanted finite numbers, got others among elements {block}..{}", block + state.blocksize);
+                    bail!(
+                        "wanted finite numbers, got others among elements {block}..{}",
+                        block + state.blocksize
+                    );
                 }
                 match (matrix.absmax(), &mut *lock(scales)) {
-                    (Absmax::Plain(part), Absmax::Plain(all)) => all[first..first + part.len()].copy_from_slice(part),
+                    (Absmax::Plain(part), Absmax::Plain(all)) => {
+                        all[first..first + part.len()].copy_from_slice(part)
+                    }
                     (nested, all) => *all = nested.clone(),
                 }
             }
@@ -307,7 +326,8 @@ impl Shard {
             return Ok(());
         }
         let range = self.layout.range(tensor).expect("it was laid out");
-        write_all_at(&self.file, range.start + offset, &bytes).with_context(|| self.path.display().to_string())
+        write_all_at(&self.file, range.start + offset, &bytes)
+            .with_context(|| self.path.display().to_string())
     }
 
     /// Writes all that a 4-bit weight has besides its codes.
@@ -330,7 +350,11 @@ impl Shard {
             place.2 = vec![bytes.len()];
         }
         let layout = Layout::new(self.tensors, self.layout.header().len())?;
-        ensure!(layout.header().len() == self.layout.header().len(), "{}: no room for its header", self.path.display());
+        ensure!(
+            layout.header().len() == self.layout.header().len(),
+            "{}: no room for its header",
+            self.path.display()
+        );
         let write = || {
             for (text, bytes) in &texts {
                 write_all_at(&self.file, layout.range(text).expect("it was laid out").start, bytes)?;

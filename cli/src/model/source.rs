@@ -13,8 +13,17 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub const CONFIG: &str = "config.json";
 
 /// Ends of files that hold weights in some form. They are those of the unchanged model, and are not carried over.
-const WEIGHTS: [&str; 9] =
-    [".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack"];
+const WEIGHTS: [&str; 9] = [
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+];
 
 /// A model's folder, with its tensors open.
 pub struct Source {
@@ -27,7 +36,11 @@ impl Source {
     /// Opens a folder with `config.json` and `model.safetensors`, or shards and their index.
     pub fn open(folder: &Path) -> Result<Self> {
         let place = folder.display();
-        ensure!(folder.is_dir(), "{place}: wanted a model's folder, got {}", if folder.exists() { "a file" } else { "none" });
+        ensure!(
+            folder.is_dir(),
+            "{place}: wanted a model's folder, got {}",
+            if folder.exists() { "a file" } else { "none" }
+        );
         let found = [MODEL, INDEX].map(|name| folder.join(name).exists());
         match found {
             [true, true] => bail!("{place}: wanted {MODEL} or {INDEX}, got both"),
@@ -81,7 +94,9 @@ impl Source {
             for entry in entries {
                 let name = entry.with_context(|| path.display().to_string())?.file_name();
                 let (inside, text) = (folder.join(&name), name.to_string_lossy().into_owned());
-                if text.starts_with('.') || folder.as_os_str().is_empty() && (text == CONFIG || self.reads(&text)) {
+                if text.starts_with('.')
+                    || folder.as_os_str().is_empty() && (text == CONFIG || self.reads(&text))
+                {
                     continue;
                 }
                 if self.folder.join(&inside).is_dir() {

@@ -208,8 +208,16 @@ impl<'a> Reader<'a> {
             None => Err(Error::argument("name", "a parameter", name)),
             Some((name, Parameter::Dense { .. })) => Ok(vec![name]),
             Some((name, Parameter::Nf4 { .. })) => {
-                let of = |tensor: &str| tensor.strip_prefix(name).is_some_and(|end| end.is_empty() || is_companion(end));
-                Ok(self.places.range(name.clone()..).map(|(tensor, _)| tensor.as_str()).take_while(|t| t.starts_with(name)).filter(|t| of(t)).collect())
+                let of = |tensor: &str| {
+                    tensor.strip_prefix(name).is_some_and(|end| end.is_empty() || is_companion(end))
+                };
+                Ok(self
+                    .places
+                    .range(name.clone()..)
+                    .map(|(tensor, _)| tensor.as_str())
+                    .take_while(|t| t.starts_with(name))
+                    .filter(|t| of(t))
+                    .collect())
             }
         }
     }
@@ -338,7 +346,9 @@ impl<'a> Reader<'a> {
         let outer = blocks.start / nested.blocksize;
         let absmax = self.magnitudes(name, outer..block_count(blocks.end, nested.blocksize))?;
         let map = self.finite(name, NESTED_QUANT_MAP)?;
-        let scale = |(block, q): (usize, u8)| map[usize::from(q)] * absmax[block / nested.blocksize - outer] + nested.offset;
+        let scale = |(block, q): (usize, u8)| {
+            map[usize::from(q)] * absmax[block / nested.blocksize - outer] + nested.offset
+        };
         Ok(blocks.zip(q).map(scale).collect())
     }
 
@@ -392,9 +402,11 @@ impl<'a> Reader<'a> {
         let values = file.tensor_rows(key, rows)?.as_slice::<f32>().expect("its type was checked").to_vec();
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
-            Some(i) => {
-                Err(Error::format(file.place(key), "finite values", format!("{} at {}", values[i], start + i)))
-            }
+            Some(i) => Err(Error::format(
+                file.place(key),
+                "finite values",
+                format!("{} at {}", values[i], start + i),
+            )),
         }
     }
 }

@@ -162,9 +162,7 @@ pub fn companions(
             let bytes = bytemuck::cast_slice(values).to_vec();
             Ok(Raw { dtype: Dtype::F32, shape: vec![values.len()], bytes })
         }
-        Some(i) => {
-            Err(Error::argument("absmax", FINITE, format!("{} for block {i}", values[i])))
-        }
+        Some(i) => Err(Error::argument("absmax", FINITE, format!("{} for block {i}", values[i]))),
     };
     let mut tensors = Vec::new();
     let mut put = |suffix: &str, raw: Raw| tensors.push((format!("{weight}{suffix}"), raw));
