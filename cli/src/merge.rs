@@ -109,8 +109,7 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let total: MergeReport = reports.values().copied().sum();
     let min_gain =
         arguments.min_gain.unwrap_or(if four_bit && arguments.dtype.is_none() { 0.9 } else { 0.0 });
-    // Not `<`: a gain that is no number is refused too.
-    if !(total.retained_gain() >= min_gain) {
+    if total.retained_gain().is_nan() || total.retained_gain() < min_gain {
         bail!(
             "too little of the adapters is left: wanted a retained gain of at least {min_gain}, got {total}; --dtype bf16 keeps more, \
              so may --scale least-error and --rounding keep-gain, and --min-gain 0 accepts anything"
@@ -270,7 +269,7 @@ impl Change for Merge<'_> {
                 let weight = reader.nf4(name)?;
                 let merged = stack((&weight).into())?.merge(&weight, self.requantize(name))?;
                 self.note(name, 0, merged.report);
-                Ok(Rows::Nf4(merged.weight))
+                Ok(Rows::Nf4(merged.weight.into()))
             }
             Parameter::Dense { dtype, .. } => {
                 let dtype = self.dense(name, *dtype)?;

@@ -293,6 +293,6 @@ impl Change for Plan {
     }
 
     fn rows(&self, source: &Source, name: &str, rows: Range<usize>) -> Result<Rows> {
-        Ok(Rows::Nf4(self.quantise(&source.reader().dense_rows(name, rows)?)?))
+        Ok(Rows::Nf4(self.quantise(&source.reader().dense_rows(name, rows)?)?.into()))
     }
 }

@@ -110,7 +110,7 @@ impl Change for Unmerge<'_> {
             let merged = reader.nf4(name)?;
             let unmerged = stack((&merged).into())?.unmerge(&merged, Requantize::default().forced())?;
             self.count(merged.numel(), unmerged.undetermined);
-            return Ok(Rows::Nf4(unmerged.weight));
+            return Ok(Rows::Nf4(unmerged.weight.into()));
         }
         let merged = reader.dense_rows(name, rows)?;
         if self.adapters.has_bias(name) {

@@ -51,7 +51,7 @@ pub enum Rows {
     Dense(Tensor),
     /// Of a 4-bit weight, with plain scales; they are quantised when all are known, if they have to be. A whole weight may come
     /// with its own quantised scales.
-    Nf4(Nf4Matrix),
+    Nf4(Box<Nf4Matrix>),
 }
 
 /// Writes the model as `change` has it, without a `config.json`, and carries over the other files. Returns the bytes read and
@@ -245,7 +245,7 @@ impl<'a> Work<'a> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from) + 1;
         std::thread::scope(|scope| {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
-            workers.into_iter().map(|worker| worker.join().expect("no panic")).collect()
+            workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
         })
     }
 
