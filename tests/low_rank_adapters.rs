@@ -136,8 +136,8 @@ fn nf4(nesting: Nesting) -> Quantisation {
 /// `||W - (base + B A)||`, element by element.
 fn error_of(weight: &Tensor, initial: &Initial) -> f64 {
     let delta = Adapter::from(initial.lora.clone()).delta().unwrap();
-    let base = initial.base.dequantize::<f32>();
-    let rest = weight.to_f64().into_iter().zip(base).zip(delta).map(|((w, q), d)| w - (f64::from(q) + d));
+    let base = initial.base.dequantize_tensor().to_f64();
+    let rest = weight.to_f64().into_iter().zip(base).zip(delta).map(|((w, q), d)| w - (q + d));
     norm(&rest.collect::<Vec<f64>>())
 }
 

@@ -20,7 +20,7 @@ pub struct Initial {
     pub lora: Lora,
     /// `||W - Q(W)||` in the Frobenius norm: of the plainly quantised weight.
     pub plain_error: f64,
-    /// `||W - (base + B A)||`, with factors as they are rounded.
+    /// `||W - (base + B A)||`, with factors as they are rounded and the base dequantised to its dtype, which is that of the weight.
     pub error: f64,
 }
 
