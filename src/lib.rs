@@ -82,6 +82,7 @@ pub mod guide;
 pub mod nf4;
 pub mod parallel;
 pub mod tensor;
+pub mod train;
 
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};

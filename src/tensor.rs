@@ -24,6 +24,17 @@ pub enum Data {
     BF16(Vec<bf16>),
 }
 
+/// The elements of a [`Tensor`], to be changed in place.
+#[derive(Debug, PartialEq)]
+pub enum DataMut<'a> {
+    /// f32 elements.
+    F32(&'a mut [f32]),
+    /// f16 elements.
+    F16(&'a mut [f16]),
+    /// bf16 elements.
+    BF16(&'a mut [bf16]),
+}
+
 /// Runs `$body` with `$slice` bound to the typed elements.
 macro_rules! each_dtype {
     ($data:expr, $slice:ident => $body:expr) => {
@@ -55,6 +66,15 @@ impl Data {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The elements at these places, which exist.
+    pub(crate) fn pick(&self, at: impl Iterator<Item = usize>) -> Self {
+        match self {
+            Data::F32(values) => Data::F32(at.map(|i| values[i]).collect()),
+            Data::F16(values) => Data::F16(at.map(|i| values[i]).collect()),
+            Data::BF16(values) => Data::BF16(at.map(|i| values[i]).collect()),
+        }
     }
 }
 
@@ -115,6 +135,15 @@ impl Tensor {
         let elements = rows.start * columns..rows.end * columns;
         let data = each_dtype!(&self.data, v => Element::into_data(v[elements].to_vec()));
         Self::new(shape, data)
+    }
+
+    /// The elements, row-major, to be changed in place.
+    pub fn data_mut(&mut self) -> DataMut<'_> {
+        match &mut self.data {
+            Data::F32(v) => DataMut::F32(v),
+            Data::F16(v) => DataMut::F16(v),
+            Data::BF16(v) => DataMut::BF16(v),
+        }
     }
 
     /// How many elements there are.

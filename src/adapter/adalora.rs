@@ -30,6 +30,10 @@ impl AdaLora {
         Self { fan_in_fan_out, ..self }
     }
 
+    pub(super) fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        vec![("lora_A", &mut self.lora_a), ("lora_E", &mut self.lora_e), ("lora_B", &mut self.lora_b)]
+    }
+
     /// `[rank, in]`.
     pub fn lora_a(&self) -> &Tensor {
         &self.lora_a

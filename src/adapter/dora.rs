@@ -22,6 +22,11 @@ impl Dora {
         }
     }
 
+    pub(super) fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        let magnitude = ("lora_magnitude_vector", &mut self.magnitude);
+        self.lora.parameters_mut().into_iter().chain([magnitude]).collect()
+    }
+
     /// The direction's update.
     pub fn lora(&self) -> &Lora {
         &self.lora

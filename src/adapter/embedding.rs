@@ -20,6 +20,10 @@ impl EmbeddingLora {
         Ok(Self { lora_a, lora_b, scaling })
     }
 
+    pub(super) fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        vec![("lora_embedding_A", &mut self.lora_a), ("lora_embedding_B", &mut self.lora_b)]
+    }
+
     /// `[rank, vocab]`.
     pub fn lora_a(&self) -> &Tensor {
         &self.lora_a

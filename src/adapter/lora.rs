@@ -1,5 +1,4 @@
 use super::{check_factors, check_finite, check_shape};
-use crate::tensor::Data;
 use crate::{Error, Result, Tensor};
 
 /// How LoRA's scale follows from `alpha` and the rank. A module's own alpha and rank, after `alpha_pattern` and
@@ -66,8 +65,8 @@ impl Lora {
         }
         let rank = rows / experts;
         let expert = |e: usize| {
-            let a = pick(lora_a, (0..rank * k).map(|i| e * rank * k + i));
-            let b = pick(lora_b, (0..n * rank).map(|i| i * experts + e));
+            let a = lora_a.data().pick((0..rank * k).map(|i| e * rank * k + i));
+            let b = lora_b.data().pick((0..n * rank).map(|i| i * experts + e));
             Self::new(Tensor::new([rank, k], a)?, Tensor::new([n, rank], b)?, scaling)
         };
         (0..experts).map(expert).collect()
@@ -85,6 +84,11 @@ impl Lora {
     /// For a base weight that is stored `[in, out]` (GPT-2's Conv1D). The factors stay as they are.
     pub fn with_fan_in_fan_out(self, fan_in_fan_out: bool) -> Self {
         Self { fan_in_fan_out, ..self }
+    }
+
+    pub(super) fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor)> {
+        let factors = [("lora_A", &mut self.lora_a), ("lora_B", &mut self.lora_b)];
+        factors.into_iter().chain(self.lora_bias.as_mut().map(|bias| ("lora_B.bias", bias))).collect()
     }
 
     /// `[rank, in]`.
@@ -110,14 +114,5 @@ impl Lora {
     /// Whether the base weight is stored `[in, out]`.
     pub fn fan_in_fan_out(&self) -> bool {
         self.fan_in_fan_out
-    }
-}
-
-/// The elements at these places.
-fn pick(tensor: &Tensor, at: impl Iterator<Item = usize>) -> Data {
-    match tensor.data() {
-        Data::F32(values) => Data::F32(at.map(|i| values[i]).collect()),
-        Data::F16(values) => Data::F16(at.map(|i| values[i]).collect()),
-        Data::BF16(values) => Data::BF16(at.map(|i| values[i]).collect()),
     }
 }

@@ -65,6 +65,7 @@ pub use stack::Stack;
 pub use svd::{Decomposition, Rank};
 pub use undo::{Restored, Undo};
 
+use crate::tensor::DataMut;
 use crate::{Error, Result, Tensor};
 
 /// One adapted module, by kind.
@@ -131,6 +132,39 @@ impl Adapter {
     /// [`Error::Argument`] when it does not fit in memory.
     pub fn delta(&self) -> Result<Vec<f64>> {
         update::Update::of(self).delta()
+    }
+
+    /// `||W + delta||` of each output, over the inputs. The base fits.
+    pub(crate) fn norms(&self, base: Base<'_>) -> Vec<f64> {
+        update::Update::of(self).norms(base)
+    }
+
+    /// What is trained, by PEFT's names: `lora_A`, `lora_E` of AdaLoRA, `lora_B`, `lora_B.bias`, `lora_magnitude_vector` of DoRA
+    /// (`lora_embedding_A` and `lora_embedding_B` of an embedding).
+    pub fn parameters(&self) -> Vec<(&'static str, &Tensor)> {
+        let named = |a, b| vec![(a, self.lora_a()), (b, self.lora_b())];
+        let mut parameters = match self {
+            Adapter::Embedding(_) => named("lora_embedding_A", "lora_embedding_B"),
+            _ => named("lora_A", "lora_B"),
+        };
+        match self {
+            Adapter::Lora(lora) => parameters.extend(lora.lora_bias().map(|bias| ("lora_B.bias", bias))),
+            Adapter::Dora(dora) => parameters.push(("lora_magnitude_vector", dora.magnitude())),
+            Adapter::AdaLora(adalora) => parameters.insert(1, ("lora_E", adalora.lora_e())),
+            Adapter::Embedding(_) => {}
+        }
+        parameters
+    }
+
+    /// The same, to be changed in place.
+    pub fn parameters_mut(&mut self) -> Vec<(&'static str, DataMut<'_>)> {
+        let mut parameters = match self {
+            Adapter::Lora(lora) => lora.parameters_mut(),
+            Adapter::Dora(dora) => dora.parameters_mut(),
+            Adapter::AdaLora(adalora) => adalora.parameters_mut(),
+            Adapter::Embedding(embedding) => embedding.parameters_mut(),
+        };
+        parameters.drain(..).map(|(name, tensor)| (name, tensor.data_mut())).collect()
     }
 
     /// `[rank, in]`.

@@ -77,13 +77,15 @@ impl Dropout {
 
     /// Puts `zero` in the place of the features of a token that are dropped. The others are not scaled.
     pub fn mask<T: Copy>(&self, token: usize, zero: T, features: &mut [T]) {
+        self.for_each_dropped(token, features.len(), |feature| features[feature] = zero);
+    }
+
+    /// Calls `dropped` with each feature of a token that is dropped, of the first `count`.
+    pub(crate) fn for_each_dropped(&self, token: usize, count: usize, mut dropped: impl FnMut(usize)) {
         let threshold = self.threshold();
-        for (quad, features) in features.chunks_mut(4).enumerate() {
-            for (word, feature) in self.words(token, quad).into_iter().zip(features) {
-                if word < threshold {
-                    *feature = zero;
-                }
-            }
+        for first in (0..count).step_by(4) {
+            let words = self.words(token, first / 4).into_iter().zip(first..count);
+            words.filter(|(word, _)| *word < threshold).for_each(|(_, feature)| dropped(feature));
         }
     }
 

@@ -1,5 +1,7 @@
 //! The norm of all gradients together, for clipping.
 
+use rayon::prelude::*;
+
 /// The norm of a list of tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GradientNorm {
@@ -13,7 +15,7 @@ pub struct GradientNorm {
 /// those of the tensors are added in their order, and the root is rounded once.
 pub fn gradient_norm(gradients: &[&[f32]]) -> GradientNorm {
     let square = |gradient: &&[f32]| gradient.iter().map(|g| f64::from(*g).powi(2)).sum();
-    let squares: Vec<f64> = gradients.iter().map(square).collect();
+    let squares: Vec<f64> = gradients.par_iter().map(square).collect();
     let norm = squares.iter().sum::<f64>().sqrt() as f32;
     GradientNorm { squares, norm }
 }
