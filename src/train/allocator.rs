@@ -195,8 +195,9 @@ impl RankAllocator {
             }
             self.smooth(adapters, gradients)?;
         }
-        let (budget, allocates) = self.budget(step);
-        if step < end && allocates || step == end {
+        let (budget, scheduled) = self.budget(step);
+        let allocates = step == end || (step < end && scheduled);
+        if allocates {
             self.kept = allocate(&self.scores()?, budget);
         }
         if step == end {
@@ -206,7 +207,7 @@ impl RankAllocator {
                 part.uncertainty.fill(0.0);
             });
         }
-        if step < end && allocates || step >= end {
+        if allocates || step > end {
             self.mask(adapters);
         }
         Ok(())

@@ -120,7 +120,7 @@ impl Optimizer {
             }
         }
         if let Some(max_norm) = max_norm
-            && !(max_norm > 0.0)
+            && (max_norm.is_nan() || max_norm <= 0.0)
         {
             return Err(Error::argument("max_norm", "a number above 0", max_norm));
         }

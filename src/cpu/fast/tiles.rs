@@ -133,9 +133,7 @@ impl Tiles {
     /// Puts 0 in the rows of a column that `list` calls its second argument with.
     pub fn zero(&mut self, list: impl Fn(usize, &mut dyn FnMut(usize)) + Sync) {
         self.values.par_chunks_mut(self.depth.max(1)).enumerate().for_each(|(tile, values)| {
-            for lane in 0..LANES {
-                list(tile * LANES + lane, &mut |row| values[row][lane] = 0.0);
-            }
+            (0..LANES).for_each(|lane| list(tile * LANES + lane, &mut |row| values[row][lane] = 0.0));
         });
     }
 

@@ -1,0 +1,346 @@
+//! Whole layers in training on the CPU: outputs and gradients against f64 and PEFT, the same bits in every batch, and what does not
+//! fit.
+
+mod fixtures;
+mod training;
+
+use fixtures::Fixture;
+use half::bf16;
+use lora_kernels::adapter::{AdaLora, Adapter, Dora, Lora};
+use lora_kernels::cpu::{LoraGradient, MatmulExtras, Weight, fast};
+use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
+use lora_kernels::train::{Gradient, Layer};
+use lora_kernels::{DType, Element, Error, Tensor};
+use proptest::prelude::*;
+use training::{Batch, Sum, assert_close, round_to, roundings, widened};
+
+/// What the fast path gives for a batch over a weight.
+struct Backward<T> {
+    gradients: Vec<[Vec<f32>; 2]>,
+    dx: Vec<T>,
+}
+
+fn backward<T: Element>(batch: &Batch<T, f32>, weight: &Weight<'_, T>, before: Option<f32>) -> Backward<T> {
+    let ([m, n, k], adapters) = (batch.shape, batch.low_ranks());
+    let extras = MatmulExtras {
+        adapters: &adapters,
+        adapter_index: batch.index.as_deref(),
+        dropout: batch.dropout,
+        ..MatmulExtras::default()
+    };
+    let fill = before.unwrap_or(f32::NAN);
+    let zeros = |a: &training::Owned<f32>| [vec![fill; a.rank * k], vec![fill; n * a.rank]];
+    let mut gradients: Vec<[Vec<f32>; 2]> = batch.adapters.iter().map(zeros).collect();
+    let views = gradients.iter_mut().zip(&batch.adapters);
+    let mut views: Vec<LoraGradient<'_>> =
+        views.map(|([lora_a, lora_b], a)| LoraGradient { lora_a, lora_b, rank: a.rank }).collect();
+    let mut dx = vec![T::from_f32(f32::NAN); m * k];
+    let inputs = [&batch.x[..], &batch.dy[..]];
+    fast::backward(inputs, m, weight, &extras, before.is_some(), &mut views, Some(&mut dx)).unwrap();
+    Backward { gradients, dx }
+}
+
+/// `dX` of the base: `Σ_n dy w`, added to the truth of the adapters.
+fn add_base<T: Element>(batch: &Batch<T, f32>, weight: &[f64], dx: &mut [Sum]) {
+    let [_, n, k] = batch.shape;
+    for (ik, dx) in dx.iter_mut().enumerate() {
+        for n_ in 0..n {
+            let term = batch.dy[ik / k * n + n_].to_f64() * weight[n_ * k + ik % k];
+            dx.value += term;
+            dx.magnitude += term.abs();
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Over dense and 4-bit weights; an adapter alone and a token alone give the same bits.
+    #[test]
+    fn the_fast_path(
+        shape in [0usize..40, 0usize..70, 0usize..300],
+        ranks in prop::collection::vec(0usize..20, 0..4),
+        [mixed, nf4]: [bool; 2],
+        dropout in prop::option::of(0f32..0.9),
+        seed: u64,
+    ) {
+        fn check<T: Element>(batch: &Batch<T, f32>, nf4: bool) -> Result<(), TestCaseError> {
+            let [m, n, k] = batch.shape;
+            let dense: Vec<T> = round_to(&(0..n * k).map(|i| ((i * 31 % 17) as f32 - 8.0) / 9.0).collect::<Vec<f32>>());
+            let quantised = Nf4Matrix::quantize(&dense, [n, k], 64, &Codebook::nf4(), Nesting::Nested).unwrap();
+            let weight = if nf4 { Weight::Nf4(&quantised) } else { Weight::Dense { data: &dense, n, k } };
+            let got = backward(batch, &weight, None);
+            let mut truth = batch.truth();
+            let numbers = if nf4 { widened(&quantised.dequantize::<T>()) } else { widened(&dense) };
+            add_base(batch, &numbers, &mut truth.dx);
+            for (got, truth) in got.gradients.iter().zip(&truth.gradients) {
+                assert_close("dA", &widened(&got[0]), &truth[0], roundings(n + m + 5), DType::F32);
+                assert_close("dB", &widened(&got[1]), &truth[1], roundings(k + m + 5), DType::F32);
+            }
+            let share = roundings(n + n / 256 + batch.max_rank() + 8);
+            assert_close("dX", &widened(&got.dx), &truth.dx, share, T::DTYPE);
+
+            let again = backward(batch, &weight, Some(0.5));
+            for (again, first) in again.gradients.iter().flatten().zip(got.gradients.iter().flatten()) {
+                for (again, first) in again.iter().zip(first) {
+                    // The sum begins at 0.5 instead of 0: one rounding of every addition more.
+                    let bound = (m as f32 + 2.0) * 2f32.powi(-24) * (1.0 + first.abs() + 40.0);
+                    prop_assert!((again - 0.5 - first).abs() <= bound, "{} {}", again, first);
+                }
+            }
+            for adapter in 0..batch.adapters.len() as i32 {
+                let mut alone = batch.clone();
+                let Some(index) = alone.index.as_mut() else { break };
+                index.iter_mut().filter(|index| **index != adapter).for_each(|index| *index = -1);
+                let (alone, a) = (backward(&alone, &weight, None), adapter as usize);
+                for (alone, together) in alone.gradients[a].iter().zip(&got.gradients[a]) {
+                    prop_assert_eq!(bits(alone), bits(together));
+                }
+            }
+            for i in (0..m).step_by(7) {
+                let alone = Batch {
+                    shape: [1, n, k],
+                    x: batch.x[i * k..(i + 1) * k].to_vec(),
+                    dy: batch.dy[i * n..(i + 1) * n].to_vec(),
+                    adapters: batch.adapters.clone(),
+                    index: batch.index.as_ref().map(|index| vec![index[i]]),
+                    dropout: batch.dropout.map(|dropout| dropout.with_first_token(i as u32)),
+                };
+                let dx = backward(&alone, &weight, None).dx;
+                // The product of the low-rank factors may depend on how many tokens share it, by its roundings.
+                let range = i * k..(i + 1) * k;
+                assert_close("dX alone", &widened(&dx), &truth.dx[range.clone()], share, T::DTYPE);
+                if batch.adapter(i).is_none() {
+                    prop_assert_eq!(widened(&dx), widened(&got.dx[range]));
+                }
+            }
+            Ok(())
+        }
+        check(&Batch::<f32, f32>::random(shape, &ranks, mixed, dropout, seed), nf4)?;
+        check(&Batch::<bf16, f32>::random(shape, &ranks, mixed, dropout, seed), nf4)?;
+    }
+}
+
+/// More tokens than one pass takes: the same gradients as the reference, within the bound.
+#[test]
+fn many_tokens() {
+    let batch = Batch::<f32, f32>::random([1100, 9, 33], &[3, 5], true, Some(0.2), 3);
+    let weight = vec![0.0; 9 * 33];
+    let got = backward(&batch, &Weight::Dense { data: &weight, n: 9, k: 33 }, None);
+    let truth = batch.truth();
+    for (got, truth) in got.gradients.iter().zip(&truth.gradients) {
+        assert_close("dA", &widened(&got[0]), &truth[0], roundings(1100 + 14), DType::F32);
+        assert_close("dB", &widened(&got[1]), &truth[1], roundings(1100 + 38), DType::F32);
+    }
+    assert_close("dX", &widened(&got.dx), &truth.dx, roundings(20), DType::F32);
+}
+
+/// A layer of `train_step` with what PEFT gave for it.
+struct Peft {
+    file: Fixture,
+    m: usize,
+    adapter: Adapter,
+}
+
+impl Peft {
+    fn open(name: &str) -> Self {
+        let file = Fixture::open(&format!("train_step/{name}"));
+        let (a, b) = (file.tensor("lora_A"), file.tensor("lora_B"));
+        let scaling = file.json["scaling"].as_f64().unwrap();
+        let adapter = match name {
+            "adalora" => AdaLora::new(a, file.tensor("lora_E"), b, scaling, 7).unwrap().into(),
+            "dora" => Dora::new(Lora::new(a, b, scaling).unwrap(), file.tensor("magnitude")).unwrap().into(),
+            _ => Lora::new(a, b, scaling).unwrap().into(),
+        };
+        Self { m: file.shape("x")[0], adapter, file }
+    }
+
+    fn check<'a>(&self, layer: &Layer<'a>, share: f64) {
+        let (x, dy): (Vec<f32>, Vec<f32>) = (self.file.get("x"), self.file.get("dY"));
+        let forward = layer.forward(&self.adapter, &x, self.m, None).unwrap();
+        let mut gradient = Gradient::zeros(&self.adapter);
+        let mut dx = vec![f32::NAN; x.len()];
+        layer.backward(&self.adapter, [&x, &dy], &forward, &mut gradient, Some(&mut dx)).unwrap();
+        let near = |what: &str, got: &[f32]| {
+            let wanted = self.file.get::<f64>(&format!("f64.{what}"));
+            let size = wanted.iter().fold(0f64, |size, w| size.max(w.abs()));
+            assert_eq!(got.len(), wanted.len(), "{what}");
+            for (got, wanted) in got.iter().zip(wanted) {
+                assert!((f64::from(*got) - wanted).abs() <= share * size, "{what}: {got} {wanted} of {size}");
+            }
+        };
+        near("y", &forward.y);
+        near("dX", &dx);
+        for (part, file) in
+            [("lora_A", "dA"), ("lora_B", "dB"), ("lora_E", "dE"), ("lora_magnitude_vector", "dm")]
+        {
+            if let Some(gradient) = gradient.get(part) {
+                near(file, gradient);
+            }
+        }
+        // Batches add up.
+        let first = gradient.clone();
+        layer.backward(&self.adapter, [&x, &dy], &forward, &mut gradient, None).unwrap();
+        for ((_, twice), (_, once)) in gradient.iter().zip(first.iter()) {
+            assert!(twice.iter().zip(once).all(|(twice, once)| *twice == 2.0 * once));
+        }
+    }
+}
+
+/// LoRA over bitsandbytes' 4 bits, DoRA and AdaLoRA over a dense weight with a bias. The strict bounds are those of
+/// `gradients_cpu` and `verify`; here formulas are told apart: sums of some hundred terms are within 2^-24 times that of the largest
+/// element's magnitude, which is at most about a hundred times the largest element.
+#[test]
+fn as_peft() {
+    let share = 300.0 * 100.0 * DType::F32.unit_roundoff();
+    for name in ["lora_a", "lora_b"] {
+        let case = Peft::open(name);
+        let [k, n] = [case.adapter.in_features(), case.adapter.out_features()];
+        let absmax = Absmax::Plain(case.file.get("base.absmax"));
+        let packed = case.file.get("base.packed");
+        let nf4 = Nf4Matrix::from_parts([n, k], packed, absmax, 64, Codebook::nf4(), DType::F32).unwrap();
+        case.check(&Layer::new(&nf4, None).unwrap(), share);
+    }
+    for name in ["dora", "adalora"] {
+        let case = Peft::open(name);
+        let (weight, bias) = (case.file.tensor("weight"), case.file.tensor("bias"));
+        case.check(&Layer::new(&weight, Some(&bias)).unwrap(), share);
+    }
+}
+
+/// The gradient of `lora_B.bias` is the difference of the loss, in which it is linear.
+#[test]
+fn bias_of_lora_b() {
+    let (m, n, k) = (3, 4, 5);
+    let tensor = |shape: &[usize], seed: usize| {
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|i| ((i * 7 + seed) % 13) as f32 / 16.0).collect();
+        Tensor::from_f32(shape, &values, DType::F32).unwrap()
+    };
+    let weight = tensor(&[n, k], 1);
+    let adapter = |bias: &Tensor| {
+        let lora = Lora::new(tensor(&[2, k], 2), tensor(&[n, 2], 3), 0.5).unwrap();
+        Adapter::from(lora.with_lora_bias(bias.clone()).unwrap())
+    };
+    let layer = Layer::new(&weight, None).unwrap();
+    let (x, dy) = (tensor(&[m, k], 4).to_f32(), tensor(&[m, n], 5).to_f32());
+    let bias = tensor(&[n], 6);
+    let loss = |bias: &Tensor| -> f64 {
+        let y = layer.forward(&adapter(bias), &x, m, None).unwrap().y;
+        y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum()
+    };
+    let forward = layer.forward(&adapter(&bias), &x, m, None).unwrap();
+    let mut gradient = Gradient::zeros(&adapter(&bias));
+    layer.backward(&adapter(&bias), [&x, &dy], &forward, &mut gradient, None).unwrap();
+    for (i, got) in gradient.get("lora_B.bias").unwrap().iter().enumerate() {
+        let mut raised = bias.to_f32();
+        raised[i] += 1.0;
+        let wanted = loss(&Tensor::from_f32([n], &raised, DType::F32).unwrap()) - loss(&bias);
+        assert!((f64::from(*got) - wanted).abs() <= 1e-5, "{got} {wanted}");
+    }
+}
+
+/// Activations in bf16 over factors in f32, and all in bf16: the gradients are f32 and those of the rounded numbers.
+#[test]
+fn narrow_activations() {
+    let case = Peft::open("lora_a");
+    let [k, n] = [case.adapter.in_features(), case.adapter.out_features()];
+    let absmax = Absmax::Plain(case.file.get("base.absmax"));
+    let nf4 =
+        Nf4Matrix::from_parts([n, k], case.file.get("base.packed"), absmax, 64, Codebook::nf4(), DType::F32)
+            .unwrap();
+    let layer = Layer::new(&nf4, None).unwrap();
+    let narrow = |tensor: &Tensor| Tensor::from_f32(tensor.shape(), &tensor.to_f32(), DType::BF16).unwrap();
+    let (a, b) = (narrow(case.adapter.lora_a()), narrow(case.adapter.lora_b()));
+    let all = Adapter::from(Lora::new(a, b, case.adapter.scaling()).unwrap());
+    let (x, dy): (Vec<bf16>, Vec<bf16>) =
+        (round_to(&case.file.get::<f32>("x")), round_to(&case.file.get::<f32>("dY")));
+    for adapter in [&case.adapter, &all] {
+        let forward = layer.forward(adapter, &x, case.m, None).unwrap();
+        let mut gradient = Gradient::zeros(adapter);
+        layer.backward(adapter, [&x, &dy], &forward, &mut gradient, None).unwrap();
+        let batch = Batch::<bf16, f32> {
+            shape: [case.m, n, k],
+            x: x.clone(),
+            dy: dy.clone(),
+            adapters: vec![training::Owned {
+                a: adapter.lora_a().to_f32(),
+                b: adapter.lora_b().to_f32(),
+                rank: adapter.rank(),
+                scaling: adapter.scaling() as f32,
+            }],
+            index: None,
+            dropout: None,
+        };
+        let truth = batch.truth();
+        let close = |part: &str, truth: &[Sum], count: usize| {
+            assert_close(part, &widened(gradient.get(part).unwrap()), truth, roundings(count), DType::F32);
+        };
+        close("lora_A", &truth.gradients[0][0], n + case.m + 5);
+        close("lora_B", &truth.gradients[0][1], k + case.m + 5);
+    }
+}
+
+#[test]
+fn what_does_not_fit() {
+    fn refused<R>(argument: &str, result: Result<R, Error>) {
+        match result {
+            Err(Error::Argument { argument: got, .. }) => assert_eq!(got, argument),
+            Err(other) => panic!("{argument}: {other}"),
+            Ok(_) => panic!("{argument} was taken"),
+        }
+    }
+    let tensor = |shape: &[usize], dtype: DType| {
+        Tensor::from_f32(shape, &vec![0.5; shape.iter().product()], dtype).unwrap()
+    };
+    let f32s = |shape: &[usize]| tensor(shape, DType::F32);
+    let (weight, flat, short) = (f32s(&[4, 3]), f32s(&[12]), f32s(&[3]));
+    refused("base", Layer::new(&flat, None));
+    refused("bias", Layer::new(&weight, Some(&short)));
+    let lora = Lora::new(f32s(&[2, 3]), f32s(&[4, 2]), 1.0).unwrap();
+    let adapter = Adapter::from(lora.clone());
+    let layer = Layer::new(&weight, None).unwrap();
+    let (x, dy) = ([1.0f32; 6], [1.0f32; 8]);
+    refused("adapter.fan_in_fan_out", layer.forward(&lora.with_fan_in_fan_out(true).into(), &x, 2, None));
+    let other = Adapter::from(Lora::new(f32s(&[2, 4]), f32s(&[3, 2]), 1.0).unwrap());
+    refused("adapter", layer.forward(&other, &x, 2, None));
+    refused("x", layer.forward(&adapter, &x[1..], 2, None));
+    refused("x", layer.forward(&adapter, &x, usize::MAX, None));
+    refused("base", layer.forward(&adapter, &[bf16::ONE; 6], 2, None));
+    let narrow_bias = tensor(&[4], DType::BF16);
+    refused("bias", Layer::new(&weight, Some(&narrow_bias)).unwrap().forward(&adapter, &x, 2, None));
+
+    let forward = layer.forward(&adapter, &x, 2, None).unwrap();
+    let mut gradient = Gradient::zeros(&adapter);
+    refused("dy", layer.backward(&adapter, [&x, &dy[1..]], &forward, &mut gradient, None));
+    refused("x", layer.backward(&adapter, [&x[1..], &dy], &forward, &mut gradient, None));
+    refused("dx", layer.backward(&adapter, [&x, &dy], &forward, &mut gradient, Some(&mut [0.0; 5])));
+    assert_eq!(gradient, Gradient::zeros(&adapter));
+    let mut wrong = Gradient::zeros(&other);
+    refused("gradient", layer.backward(&adapter, [&x, &dy], &forward, &mut wrong, None));
+
+    // The arguments of the product itself.
+    let batch = Batch::<f32, f32>::random([2, 4, 3], &[2], true, None, 1);
+    let adapters = batch.low_ranks();
+    let data = weight.as_slice::<f32>().unwrap();
+    let dense = Weight::Dense { data, n: 4, k: 3 };
+    let extras = MatmulExtras { adapters: &adapters, ..MatmulExtras::default() };
+    let call = |extras: &MatmulExtras<'_, f32>, rank: usize, lens: [usize; 2]| {
+        let (mut a, mut b) = (vec![0.0; lens[0]], vec![0.0; lens[1]]);
+        let mut gradients = [LoraGradient { lora_a: &mut a, lora_b: &mut b, rank }];
+        let result = fast::backward([&batch.x, &batch.dy], 2, &dense, extras, true, &mut gradients, None);
+        assert!(a.iter().chain(&b).all(|g| *g == 0.0) || result.is_ok());
+        result
+    };
+    call(&extras, 2, [6, 8]).unwrap();
+    refused("gradients[0].rank", call(&extras, 3, [6, 8]));
+    refused("gradients[0].lora_a", call(&extras, 2, [5, 8]));
+    refused("gradients[0].lora_b", call(&extras, 2, [6, 9]));
+    refused("gradients", call(&MatmulExtras::default(), 2, [6, 8]));
+    refused("row_scale", call(&MatmulExtras { row_scale: Some(&[1.0; 4]), ..extras }, 2, [6, 8]));
+    refused("adapter_index[1]", call(&MatmulExtras { adapter_index: Some(&[0, 1]), ..extras }, 2, [6, 8]));
+}
