@@ -55,6 +55,9 @@
 //! | codes to numbers | [`nf4::dequantize()`] | [`cuda::nf4_dequantize`] |
 //! | `x Wᵀ`, W dense or 4-bit, with adapters, scale and bias | [`cpu::matmul()`], [`cpu::fast`] | [`cuda::matmul`] |
 //! | `s x Aᵀ`, an adapter per token | [`cpu::lora_shrink()`] | [`cuda::lora_shrink`] |
+//! | `dY W + u A`, the gradient of x | [`cpu::matmul_transposed()`] | [`cuda::matmul_transposed`] |
+//! | `u = s dY B`, an adapter per token | [`cpu::lora_shrink_transposed()`] | [`cuda::lora_shrink::plan_transposed`] |
+//! | `dA = uᵀ x` and `dB = dYᵀ v`, per adapter | [`cpu::lora_gradient()`] | [`cuda::lora_gradient`] |
 //! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
 //! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |
 //! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "adapter.cuh"
+#include "dropout.cuh"
 #include "pieces.cuh"
 
 struct LowRank {
@@ -56,6 +57,43 @@ __device__ __forceinline__ void load_b(const B* row, uint32_t r, uint32_t rank, 
     }
 }
 
+// The side of the branch whose rows a tile's outputs are: lora_b [rows, rank], for the slice's outputs.
+struct OfOutputs {
+    static __device__ __forceinline__ const void* factor(const Adapter& adapter) { return adapter.b; }
+    static __device__ __forceinline__ uint2 rows(const Adapter& adapter) { return make_uint2(adapter.first_row, adapter.rows); }
+    template <typename B>
+    static __device__ __forceinline__ void load(const void* factor, uint32_t row, uint32_t r, uint32_t rank, uint32_t (&raw)[sizeof(B)]) {
+        load_b(static_cast<const B*>(factor) + size_t(row) * rank, r, rank, raw);
+    }
+    static __device__ __forceinline__ float finish(float delta, uint32_t, uint32_t) { return delta; }
+};
+
+// The other side, of the product with the transposed weight: lora_a [rank, k] has a column for each of the k outputs, whatever
+// the slice. What dropout took from x in the forward pass gets nothing.
+struct OfInputs {
+    uint32_t k;
+    const Dropout& dropout;
+
+    static __device__ __forceinline__ const void* factor(const Adapter& adapter) { return adapter.a; }
+    __device__ __forceinline__ uint2 rows(const Adapter&) const { return make_uint2(0, k); }
+    template <typename A>
+    __device__ __forceinline__ void load(const void* factor, uint32_t row, uint32_t r, uint32_t rank, uint32_t (&raw)[sizeof(A)]) const {
+        const A* a = static_cast<const A*>(factor) + size_t(r) * k + row;
+#pragma unroll
+        for (int i = 0; i < sizeof(A); ++i) raw[i] = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            if (r + i >= rank) continue;
+            if constexpr (sizeof(A) == 4) {
+                raw[i] = __float_as_uint(a[size_t(i) * k]);
+            } else {
+                raw[i / 2] |= uint32_t(a[size_t(i) * k].bits) << (i % 2 * 16);
+            }
+        }
+    }
+    __device__ __forceinline__ float finish(float delta, uint32_t token, uint32_t row) const { return dropout.keeps(token, row) ? delta : 0.0f; }
+};
+
 // Steps of 16 ranks that a warp reads together, and that an item has at a time; the distance of v's rows in shared memory, with
 // which sixteen ranks of two neighbours fill all banks.
 template <typename B>
@@ -92,9 +130,9 @@ __device__ __forceinline__ void add_step(const uint32_t (&b)[2][sizeof(B)], cons
 template <int Tokens>
 struct BranchTile {
     struct Item {
-        const void* b;
+        const void* factor;  // lora_b, or lora_a
         uint32_t rank;
-        uint32_t members;  // see Group
+        uint32_t members;    // see Group
     };
     Item groups[Tokens];
     alignas(16) float v[Tokens][kRankPitch];  // some ranks of every token that has an adapter
@@ -105,17 +143,19 @@ struct BranchTile {
     uint32_t rows;                            // of the slice
 
     // Called by one warp. `end`: tokens from here on are not there.
-    __device__ __forceinline__ void find_groups(const Adapters& adapters, uint32_t first, uint32_t end, uint32_t slice,
-                                                uint32_t tile_row, uint32_t lane) {
+    template <typename Side>
+    __device__ __forceinline__ void find_groups(const Side& side, const Adapters& adapters, uint32_t first, uint32_t end,
+                                                uint32_t slice, uint32_t tile_row, uint32_t lane) {
         const Window window(adapters, first, end, lane);
         Adapter own = {nullptr, nullptr, 0, 0.0f, 0, 0};
         if (window.leads(lane)) {
             own = adapters.entries[size_t(window.adapter) * adapters.slices + slice];
             const uint32_t i = __popc(window.leaders & ((1u << lane) - 1));
-            groups[i] = {own.b, own.rank, window.sharers & (kAllLanes << lane)};
+            groups[i] = {side.factor(own), own.rank, window.sharers & (kAllLanes << lane)};
         }
         const uint32_t any = max(__ffs(window.leaders), 1) - 1;
-        const uint32_t slice_row = __shfl_sync(kAllLanes, own.first_row, any), slice_rows = __shfl_sync(kAllLanes, own.rows, any);
+        const uint2 reach = side.rows(own);
+        const uint32_t slice_row = __shfl_sync(kAllLanes, reach.x, any), slice_rows = __shfl_sync(kAllLanes, reach.y, any);
         const uint32_t largest = __reduce_max_sync(kAllLanes, own.rank);
         const uint32_t bad = __ballot_sync(kAllLanes, adapters.is_wrong(window.adapter));
         if (lane == 0) {
@@ -138,15 +178,15 @@ struct BranchTile {
         }
     }
 
-    // sums[token of the window * pitch + row of the tile] += v b^T over the ranks that v has, for b of type B. The groups by
-    // `blocks` blocks of 16 rows, from `first_block` on, are items that the warps take turns with; a warp requests what it
+    // sums[token of the window * pitch + row of the tile] += v b^T over the ranks that v has, for b (or, of the other side, the
+    // transposed a) of type B. The window begins with token `first_token`, the tile with row `tile_row`. The groups by `blocks` blocks of 16 rows, from `first_block` on, are items that the warps take turns with; a warp requests what it
     // needs of b for several at once.
     //
     // Lane (g, t) = (lane / 4, lane % 4) holds four ranks from 4 t on of rows g and g + 8 of b and of the group's token g.
     // The order of a sum depends on the adapter's rank alone.
-    template <typename B>
-    __device__ __forceinline__ void add(uint32_t first_block, uint32_t blocks, uint32_t base, float* sums, uint32_t pitch,
-                                        uint32_t thread) const {
+    template <typename B, typename Side>
+    __device__ __forceinline__ void add(const Side& side, uint32_t first_token, uint32_t tile_row, uint32_t first_block, uint32_t blocks,
+                                        uint32_t base, float* sums, uint32_t pitch, uint32_t thread) const {
         constexpr uint32_t kAtOnce = kSteps<B>;
         const uint32_t lane = thread % 32, g = lane / 4, t = lane % 4, warps = blockDim.x / 32;
         const uint32_t ranks = max_rank - base, shift = ranks <= 16 ? 0 : ranks <= 32 || kAtOnce <= 2 ? 1 : 2;
@@ -165,8 +205,7 @@ struct BranchTile {
                 for (uint32_t half = 0; half < 2; ++half) {
                     const uint32_t row = row_of(item) + half * 8 - first_row;  // outside of the slice it is large
                     const bool inside = row < rows;
-                    const B* b = static_cast<const B*>(group.b) + size_t(row) * group.rank;
-                    load_b(b, base + rank_of(s), inside ? group.rank : 0, raw[s][half]);
+                    side.template load<B>(group.factor, row, base + rank_of(s), inside ? group.rank : 0, raw[s][half]);
                 }
             }
             float delta[4];
@@ -189,7 +228,9 @@ struct BranchTile {
 #pragma unroll
                 for (uint32_t e = 0; e < 4; ++e) {
                     const uint32_t to = __shfl_sync(kAllLanes, token, (2 * t + e % 2) * 4), row = row_of(item) + e / 2 * 8;
-                    if (to < Tokens && row - first_row < rows) sums[to * pitch + row] += delta[e];
+                    if (to < Tokens && row - first_row < rows) {
+                        sums[to * pitch + row] += side.finish(delta[e], first_token + to, tile_row + row);
+                    }
                 }
             }
         }
@@ -202,9 +243,10 @@ struct BranchTile {
 //
 // Called by all threads of the block, which have written `sums` without a barrier since; `sums` is ready after the caller's
 // next one. Where `shares` blocks hold the same tile, each adds to rows of its own.
-template <typename T, int Tokens, int Rows>
+template <typename T, int Tokens, int Rows, typename Side = OfOutputs>
 __device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                                             uint32_t, float* sums, uint32_t pitch, uint32_t share = 0, uint32_t shares = 1) {
+                                             uint32_t, float* sums, uint32_t pitch, uint32_t share = 0, uint32_t shares = 1,
+                                             const Side& side = Side{}) {
     constexpr uint32_t kBlocks = Rows / 16;
     __shared__ BranchTile<Tokens < 32 ? Tokens : 32> tile;
     const uint32_t thread = ptx::thread_now(), end = min(tokens, first_token + Tokens);
@@ -222,11 +264,11 @@ __device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t fir
 #pragma unroll 1
                 do {
                     __syncthreads();
-                    if (base == 0 && thread < 32) tile.find_groups(branch.adapters, first, end, slice, first_row, thread);
+                    if (base == 0 && thread < 32) tile.find_groups(side, branch.adapters, first, end, slice, first_row, thread);
                     tile.fill(branch, first, end, tokens, slice, base, kRanks, thread);
                     __syncthreads();
                     if (tile.count == 0 || tile.first_row >= Rows || tile.first_row + int32_t(tile.rows) <= 0) break;
-                    tile.template add<B>(first_block, blocks, base, window_sums, pitch, thread);
+                    tile.template add<B>(side, first, first_row, first_block, blocks, base, window_sums, pitch, thread);
                     base += kRanks;
                 } while (base < tile.max_rank);
             };

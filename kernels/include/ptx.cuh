@@ -46,6 +46,15 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
     return v;
 }
 
+// Four 8 x 8 matrices of 16-bit elements: lane l names the 16 bytes of row l % 8 of matrix l / 8. Lane (g, t) = (l / 4, l % 4)
+// gets elements [2t][g] and [2t + 1][g] of each: rows become columns.
+__device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_shared4(uint32_t address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }

@@ -56,6 +56,19 @@ __device__ __forceinline__ void multiply(const Operands& w, uint32_t x, uint32_t
     }
 }
 
+// A warp's sums to staging[token * pitch + row], where rows are those of `Operands` in their order.
+template <int Groups>
+__device__ __forceinline__ void stage_sums(float* staging, uint32_t pitch, uint32_t lane, const float (&sums)[2][Groups][4]) {
+#pragma unroll
+    for (int m = 0; m < Groups; ++m) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const uint32_t token = m * 8 + lane % 4 * 2 + e % 2;
+            staging[token * pitch + e / 2 * 8 + lane / 4] = sums[e / 4][m][e % 4];
+        }
+    }
+}
+
 // Copies a slice of `Rows` rows of a matrix to shared memory, `RowBytes` of each, in chunks of 16 bytes. A thread copies
 // the same chunk of every few rows. Rows past the end repeat the last one: nobody looks at what is made of them. Columns
 // past the end become zero.
@@ -100,6 +113,11 @@ struct DenseTile {
 
     __device__ __forceinline__ DenseTile(const Params& p, uint32_t first_row, uint32_t) : copier(p.weight.data, first_row, p.n, p.k) {}
 
+    template <int Groups>
+    static __device__ __forceinline__ void stage(float* staging, uint32_t pitch, uint32_t lane, const float (&sums)[2][Groups][4]) {
+        stage_sums(staging, pitch, lane, sums);
+    }
+
     __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice) const { copier.copy(shared, slice, tile_offset); }
     __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t) {}
     __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t row, uint32_t) { rows = shared + row * kTileRow; }
@@ -128,6 +146,11 @@ struct CodeTile {
     // `row` is the warp's first.
     __device__ __forceinline__ CodeTile(const Params& p, uint32_t first_row, uint32_t row)
         : copier(p.weight.data, first_row, p.n, p.k), decoder(p.weight.codebook), blocks(p, row + threadIdx.x % 32 / 4) {}
+
+    template <int Groups>
+    static __device__ __forceinline__ void stage(float* staging, uint32_t pitch, uint32_t lane, const float (&sums)[2][Groups][4]) {
+        stage_sums(staging, pitch, lane, sums);
+    }
 
     // Requests the absmax of the blocks that the lane's codes of a slice lie in.
     __device__ __forceinline__ void fetch_scales(const Params& p, uint32_t slice, uint32_t lane) {
@@ -176,42 +199,44 @@ __device__ __forceinline__ void multiply_slice(const Weights& weights, uint32_t 
     }
 }
 
-// A tile of 16-bit elements, one element after the other: for rows that are not aligned to 16 bytes.
-template <int Rows, int Threads, typename T>
-__device__ __forceinline__ void fill_tile(uint8_t* tile, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_k, uint32_t k) {
-    for (uint32_t i = threadIdx.x; i < Rows * kSlice; i += Threads) {
-        const uint32_t row = i / kSlice, column = i % kSlice;
-        const bool inside = first_row + row < rows && first_k + column < k;
-        const T value = inside ? matrix[size_t(first_row + row) * k + first_k + column] : T{};
-        *reinterpret_cast<T*>(tile + tile_offset(row, column / 8) + column % 8 * sizeof(T)) = value;
+// A tile of `Rows` by `Columns` 16-bit elements of a matrix [rows, columns], one element after the other: for rows that are
+// not aligned to 16 bytes. Zero outside; `offset(row, chunk)` is the place of eight elements.
+template <int Rows, int Columns, int Threads, typename T, typename Offset>
+__device__ __forceinline__ void fill_tile(uint8_t* tile, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_column,
+                                          uint32_t columns, Offset offset) {
+    for (uint32_t i = threadIdx.x; i < Rows * Columns; i += Threads) {
+        const uint32_t row = i / Columns, column = i % Columns;
+        const bool inside = first_row + row < rows && first_column + column < columns;
+        const T value = inside ? matrix[size_t(first_row + row) * columns + first_column + column] : T{};
+        *reinterpret_cast<T*>(tile + offset(row, column / 8) + column % 8 * sizeof(T)) = value;
     }
 }
 
-// The same tile out of 4-bit codes, in pieces of 32 that are aligned in the flat weight: a row of the tile touches three
-// of them at most. Zero outside.
-template <int Rows, int Threads, typename T>
-__device__ __forceinline__ void decode_tile(uint8_t* tile, const Params& p, const WarpDecoder& decoder, uint32_t first_row, uint32_t first_k) {
-    constexpr uint32_t kPieces = 3;
-    static_assert(Rows * kPieces % Threads == 0, "decoding takes whole warps");
-    if (first_row + Rows > p.n || first_k + kSlice > p.k) {
-        for (uint32_t i = threadIdx.x; i < Rows * kTileRow / 16; i += Threads) {
+// The same tile out of 4-bit codes, in pieces of 32 that are aligned in the flat weight: a row of the tile touches one more
+// than it would if it were aligned.
+template <int Rows, int Columns, int Threads, typename T, typename Offset>
+__device__ __forceinline__ void decode_tile(uint8_t* tile, const Weight& weight, const WarpDecoder& decoder, uint32_t first_row,
+                                            uint32_t rows, uint32_t first_column, uint32_t columns, Offset offset) {
+    constexpr uint32_t kPieces = Columns / 32 + 1, kItems = (Rows * kPieces + Threads - 1) / Threads * Threads;
+    if (first_row + Rows > rows || first_column + Columns > columns) {
+        for (uint32_t i = threadIdx.x; i < Rows * Columns / 8; i += Threads) {
             reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
         }
         __syncthreads();
     }
-    const uint64_t bytes = (uint64_t(p.n) * p.k + 1) / 2;
+    const uint64_t bytes = (uint64_t(rows) * columns + 1) / 2;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < Rows * kPieces; i += Threads) {
+    for (uint32_t i = threadIdx.x; i < kItems; i += Threads) {  // decoding takes whole warps
         const uint32_t row = i / kPieces;
-        const uint64_t begin = uint64_t(first_row + row) * p.k + first_k;
-        const uint32_t length = min(kSlice, p.k - first_k), lead = begin % 32;
+        const uint64_t begin = uint64_t(first_row + row) * columns + first_column;
+        const uint32_t length = min(uint32_t(Columns), columns - first_column), lead = begin % 32;
         const uint32_t at = i % kPieces * 32;  // from begin - lead on
-        const bool inside = first_row + row < p.n && at < lead + length;
+        const bool inside = row < Rows && first_row + row < rows && at < lead + length;
         const uint64_t flat = inside ? begin - lead + at : 0;
-        const uint4 piece = load_piece(static_cast<const uint8_t*>(p.weight.data), flat / 2, bytes);
-        const uint64_t block[1] = {flat >> p.weight.block_shift};
+        const uint4 piece = load_piece(static_cast<const uint8_t*>(weight.data), flat / 2, bytes);
+        const uint64_t block[1] = {flat >> weight.block_shift};
         float absmax[1];
-        p.weight.absmax.load(block, absmax);
+        weight.absmax.load(block, absmax);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             float values[8];
@@ -220,7 +245,7 @@ __device__ __forceinline__ void decode_tile(uint8_t* tile, const Params& p, cons
             for (int e = 0; e < 8; ++e) {
                 const uint32_t column = at + q * 8 + e - lead;  // wraps below 0, and then is not below length
                 if (inside && column < length) {
-                    *reinterpret_cast<T*>(tile + tile_offset(row, column / 8) + column % 8 * sizeof(T)) = from_f32<T>(values[e]);
+                    *reinterpret_cast<T*>(tile + offset(row, column / 8) + column % 8 * sizeof(T)) = from_f32<T>(values[e]);
                 }
             }
         }

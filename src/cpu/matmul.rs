@@ -123,7 +123,7 @@ pub fn truth<T: Element, A: Element>(
 }
 
 /// A type to sum in.
-trait Real: Copy + Add<Output = Self> + Mul<Output = Self> {
+pub(super) trait Real: Copy + Add<Output = Self> + Mul<Output = Self> {
     const ZERO: Self;
     fn of(value: f32) -> Self;
 }

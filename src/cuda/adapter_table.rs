@@ -176,6 +176,12 @@ impl<'a, A: Element> AdapterTable<'a, A> {
         }
     }
 
+    /// What [`lora_shrink::plan_transposed`](super::lora_shrink::plan_transposed) is to be asked for `tokens` rows of dY of type
+    /// `dtype`.
+    pub fn shrink_transposed_shape(&self, tokens: usize, dtype: DType) -> super::lora_shrink::Shape {
+        super::lora_shrink::Shape { k: self.n(), ..self.shrink_shape(tokens, dtype) }
+    }
+
     /// The largest rank, 0 without adapters.
     pub fn max_rank(&self) -> usize {
         self.ranks.iter().copied().max().unwrap_or(0)
@@ -268,10 +274,27 @@ impl<A: Element> LowRank<'_, A> {
         n: usize,
         device: &Properties,
     ) -> Result<LowRankParams> {
-        check_adapter_dtype(A::DTYPE, dtype)?;
         if self.adapters.n() != n {
             return Err(Error::argument("adapters.n", n.to_string(), self.adapters.n()));
         }
+        self.checked(dtype, tokens, device)
+    }
+
+    /// The same for the product with the transposed weight, `[n, k]`: u takes the place of v.
+    pub(super) fn transposed_params(
+        &self,
+        dtype: DType,
+        [tokens, n, k]: [usize; 3],
+        device: &Properties,
+    ) -> Result<LowRankParams> {
+        if self.adapters.k() != k {
+            return Err(Error::argument("adapters.k", k.to_string(), self.adapters.k()));
+        }
+        self.params(dtype, tokens, n, device)
+    }
+
+    fn checked(&self, dtype: DType, tokens: usize, device: &Properties) -> Result<LowRankParams> {
+        check_adapter_dtype(A::DTYPE, dtype)?;
         let v_len = tokens * self.adapters.v_columns();
         let parts = self.v.len().checked_div(v_len).filter(|parts| [1, 2, 4, 8].contains(parts)).unwrap_or(1);
         self.v.check("v", parts * v_len, 16, device)?;

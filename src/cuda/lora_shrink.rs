@@ -8,6 +8,10 @@
 //! alone: a token's bits do not depend on what is beside it, nor the sum on the number of parts. (An infinite x or lora_a
 //! gives NaN where one of them is f32.)
 //!
+//! In training there are two more: [`Plan::with_dropout`] takes the elements from x that dropout takes, and [`plan_transposed`] is
+//! for `u[m] = scaling * dy[m] lora_b`, the first half of the low-rank branch's gradient. All that is said of x, lora_a and k holds
+//! for dY, lora_b and the outputs there; u is laid out as v.
+//!
 //! Tokens with the same adapter need not be neighbours: a block finds those that share one among 32, and multiplies up to
 //! eight of them with what it reads of lora_a.
 
@@ -15,16 +19,31 @@ use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::{Adapters, MAX_RANK, MAX_SLICES, check_adapter_dtype, v_columns};
 use super::check::{blocks, dimension, find, read_only};
-use super::{AdapterTable, Kernel, Launch, Properties, Queue, View, ViewMut};
+use super::{AdapterTable, Kernel, Launch, Properties, Queue, View, ViewMut, dropout};
+use crate::cpu::Dropout;
 use crate::{DType, Element, Error, Result};
 
 pub(super) const KERNELS: &[Kernel] = &[
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f32_f32"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f16"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_f16_f32"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_bf16"),
-    Kernel::new::<Params>("lora_shrink", "lora_shrink_bf16_f32"),
+    kernel("lora_shrink_f32_f32"),
+    kernel("lora_shrink_f16_f16"),
+    kernel("lora_shrink_f16_f32"),
+    kernel("lora_shrink_bf16_bf16"),
+    kernel("lora_shrink_bf16_f32"),
+    kernel("lora_shrink_dropout_f32_f32"),
+    kernel("lora_shrink_dropout_f16_f16"),
+    kernel("lora_shrink_dropout_f16_f32"),
+    kernel("lora_shrink_dropout_bf16_bf16"),
+    kernel("lora_shrink_dropout_bf16_f32"),
+    kernel("lora_shrink_transposed_f32_f32"),
+    kernel("lora_shrink_transposed_f16_f16"),
+    kernel("lora_shrink_transposed_f16_f32"),
+    kernel("lora_shrink_transposed_bf16_bf16"),
+    kernel("lora_shrink_transposed_bf16_f32"),
 ];
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel::new::<Params>("lora_shrink", entry)
+}
 
 const THREADS: u32 = 256;
 
@@ -55,7 +74,7 @@ pub(super) fn few_slots(slots: usize, adapters: usize) -> usize {
 pub struct Shape {
     /// Rows of x.
     pub tokens: usize,
-    /// Columns of x and of every lora_a.
+    /// Columns of x and of every lora_a; transposed, columns of dY.
     pub k: usize,
     /// The largest rank of the adapters.
     pub max_rank: usize,
@@ -68,13 +87,13 @@ pub struct Shape {
 }
 
 /// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Plan(Details);
 
 read_only!(Plan, Details);
 
 /// What will run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
@@ -88,6 +107,10 @@ pub struct Details {
     pub parts: usize,
     /// Whether rows are read in pieces of 16 bytes: k is a multiple of 8. Else element by element.
     pub vectors: bool,
+    /// Whether lora_b is multiplied; see [`plan_transposed`].
+    pub transposed: bool,
+    /// What x goes through before; see [`Plan::with_dropout`].
+    pub dropout: Option<Dropout>,
 }
 
 /// `Params` of `lora_shrink.cu`.
@@ -101,6 +124,9 @@ struct Params {
     k: u32,
     slots: u32,
     vectors: u32,
+    dropout: dropout::Params,
+    factor: f32,
+    padding: u32,
 }
 
 /// Chooses the kernel and the grid.
@@ -109,6 +135,20 @@ struct Params {
 /// [`Error::Argument`] for a rank above [`MAX_RANK`], slices that are none or more than [`MAX_SLICES`], an adapter type that
 /// does not go with x, or sizes of 2^31 and above.
 pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
+    plan_of("lora_shrink", shape, device)
+}
+
+/// The same for the backward pass: `u = scaling * dy lora_b` for each slice's part of `dy` `[tokens, k]`. The shape is that of
+/// [`AdapterTable::shrink_transposed_shape`].
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_transposed(shape: &Shape, device: &Properties) -> Result<Plan> {
+    let Plan(details) = plan_of("lora_shrink_transposed", shape, device)?;
+    Ok(Plan(Details { transposed: true, ..details }))
+}
+
+fn plan_of(operation: &str, shape: &Shape, device: &Properties) -> Result<Plan> {
     dimension("tokens", shape.tokens)?;
     dimension("k", shape.k)?;
     check_adapter_dtype(shape.adapter_dtype, shape.dtype)?;
@@ -126,7 +166,7 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         0 => 1,
         blocks => 1 << (enough / blocks).clamp(1, MAX_PARTS).ilog2(),
     };
-    let entry = format!("lora_shrink_{}_{}", shape.dtype, shape.adapter_dtype);
+    let entry = format!("{operation}_{}_{}", shape.dtype, shape.adapter_dtype);
     Ok(Plan(Details {
         shape: *shape,
         kernel: (windows > 0 && tiles > 0).then(|| find(KERNELS, &entry)),
@@ -134,6 +174,8 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         slots,
         parts,
         vectors: shape.k.is_multiple_of(8),
+        transposed: false,
+        dropout: None,
     }))
 }
 
@@ -144,13 +186,23 @@ impl Plan {
         Self(Details { parts: 1, grid: [x, y, 1], ..self.0 })
     }
 
+    /// The same after `dropout`: what it takes from x is left out, and `scaling` is multiplied by [`Dropout::scale`]. Of a
+    /// transposed plan, which has no x, only the latter.
+    #[must_use]
+    pub fn with_dropout(self, dropout: Dropout) -> Self {
+        let Shape { dtype, adapter_dtype, .. } = self.shape;
+        let dropping = || find(KERNELS, &format!("lora_shrink_dropout_{dtype}_{adapter_dtype}"));
+        let kernel = self.kernel.map(|kernel| if self.transposed { kernel } else { dropping() });
+        Self(Details { kernel, dropout: Some(dropout), ..self.0 })
+    }
+
     /// Elements of v.
     pub fn v_len(&self) -> usize {
         self.parts * self.shape.tokens * v_columns(self.shape.max_rank) * self.shape.slices
     }
 
     /// Computes `v` `[parts, tokens, v_columns]` from `x` `[tokens, k]`, both aligned to 16 bytes. `index` `[tokens]` names every
-    /// token's adapter (-1: none); without it all use adapter 0.
+    /// token's adapter (-1: none); without it all use adapter 0. Transposed, computes `u` from `dy`.
     ///
     /// # Errors
     /// [`Error::Argument`] for views or adapters that are not as the plan's shape says, [`Error::Device`] when the launch
@@ -171,8 +223,10 @@ impl Plan {
         if A::DTYPE != adapter_dtype {
             return Err(Error::argument("adapters", adapter_dtype.name(), A::DTYPE));
         }
-        if adapters.k() != k {
-            return Err(Error::argument("adapters.k", k.to_string(), adapters.k()));
+        let (length, name) =
+            if self.transposed { (adapters.n(), "adapters.n") } else { (adapters.k(), "adapters.k") };
+        if length != k {
+            return Err(Error::argument(name, k.to_string(), length));
         }
         if adapters.max_rank() != max_rank {
             return Err(Error::argument("adapters.max_rank", max_rank.to_string(), adapters.max_rank()));
@@ -183,6 +237,9 @@ impl Plan {
         x.check("x", tokens * k, 16, device)?;
         v.check("v", self.v_len(), 16, device)?;
         let table_len = adapters.len();
+        // Transposed, a slice's part of dY begins where the ones before it end.
+        let vectors =
+            self.vectors && (!self.transposed || adapters.slices().iter().all(|rows| rows % 8 == 0));
         let adapters = adapters.choose(index, tokens, device)?;
         let Some(kernel) = self.kernel else { return Ok(()) };
         let slots = few_slots(self.slots, table_len);
@@ -193,7 +250,10 @@ impl Plan {
             tokens: tokens as u32,
             k: k as u32,
             slots: slots as u32,
-            vectors: u32::from(self.vectors),
+            vectors: u32::from(vectors),
+            dropout: dropout::Params::new(self.dropout.as_ref()),
+            factor: self.dropout.map_or(1.0, |dropout| dropout.scale()),
+            padding: 0,
         };
         let launch = Launch {
             kernel,

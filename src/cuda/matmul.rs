@@ -148,7 +148,7 @@ const DECODE_STEP: usize = 4096;
 const SLICE: usize = 64;
 
 /// Threads of `matmul_finish`, one output each.
-const FINISH_THREADS: usize = 128;
+pub(super) const FINISH_THREADS: usize = 128;
 
 /// Threads of `decode_finish`, and the rows of W that a block of it has.
 const DECODE_FINISH: (u32, usize) = (256, 64);
@@ -272,21 +272,21 @@ impl<T, A> Default for Extras<'_, T, A> {
 /// `Params` of `product.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    x: u64,
-    weight: WeightParams,
-    branch: LowRankParams,
-    output: Output,
-    tokens: u32,
-    n: u32,
-    k: u32,
-    splits: u32,
+pub(super) struct Params {
+    pub x: u64,
+    pub weight: WeightParams,
+    pub branch: LowRankParams,
+    pub output: Output,
+    pub tokens: u32,
+    pub n: u32,
+    pub k: u32,
+    pub splits: u32,
 }
 
 /// `Weight` of `product.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct WeightParams {
+pub(super) struct WeightParams {
     data: u64,
     absmax: Absmax,
     codebook: Values,
@@ -297,11 +297,11 @@ struct WeightParams {
 /// `Output` of `epilogue.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Output {
-    y: u64,
-    bias: u64,
-    row_scale: u64,
-    partial: u64,
+pub(super) struct Output {
+    pub y: u64,
+    pub bias: u64,
+    pub row_scale: u64,
+    pub partial: u64,
 }
 
 const _: () = assert!(size_of::<Params>() == 224);
@@ -556,7 +556,7 @@ const FINISH_OUTPUTS: u64 = 500;
 const LEAST_SLICES: usize = 4;
 
 /// Blocks that share a sum of `steps` steps, so that `tiles` tiles make about `blocks` blocks.
-fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
+pub(super) fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
     (blocks.checked_div(tiles).unwrap_or(1) as usize).clamp(1, steps.max(1))
 }
 
@@ -588,7 +588,7 @@ impl Plan {
         let in_parts = self.splits > 1 || decode && extras.low_rank.is_some();
         let params = Params {
             x: x.address(),
-            weight: self.weight(weight, device)?,
+            weight: weight_params(&self.shape, weight, device)?,
             branch: match &extras.low_rank {
                 Some(branch) => branch.params(dtype, tokens, n, device)?,
                 None => LowRankParams::zeroed(),
@@ -664,34 +664,6 @@ impl Plan {
         };
         Ok(PrefillParams { x, w, product, padding: [0; 4] })
     }
-
-    /// Checks W and says where it is.
-    fn weight<T: Element>(&self, weight: &Weight<'_, T>, device: &Properties) -> Result<WeightParams> {
-        let numel = self.shape.n * self.shape.k;
-        match (weight, self.shape.weight) {
-            (Weight::Dense(data), WeightFormat::Dense) => {
-                data.check("weight", numel, 16, device)?;
-                Ok(WeightParams { data: data.address(), ..WeightParams::zeroed() })
-            }
-            (Weight::Nf4(nf4), WeightFormat::Nf4 { blocksize }) => {
-                if nf4.blocksize != blocksize {
-                    return Err(Error::argument("weight.blocksize", blocksize.to_string(), nf4.blocksize));
-                }
-                nf4.check("weight", numel, device)?;
-                Ok(WeightParams {
-                    data: nf4.packed.address(),
-                    absmax: nf4.absmax.params(),
-                    codebook: nf4.values(),
-                    block_shift: nf4.block_shift(),
-                    padding: 0,
-                })
-            }
-            (Weight::Dense(_), WeightFormat::Nf4 { .. }) => {
-                Err(Error::argument("weight", "4-bit codes", "dense"))
-            }
-            (Weight::Nf4(_), WeightFormat::Dense) => Err(Error::argument("weight", "dense", "4-bit codes")),
-        }
-    }
 }
 
 /// The address of a row vector that may be absent.
@@ -704,4 +676,36 @@ fn optional<T: Element>(
     let Some(view) = view else { return Ok(0) };
     view.check(argument, n, size_of::<T>() as u64, device)?;
     Ok(view.address())
+}
+
+/// Checks W of a product of `shape` and says where it is.
+pub(super) fn weight_params<T: Element>(
+    shape: &Shape,
+    weight: &Weight<'_, T>,
+    device: &Properties,
+) -> Result<WeightParams> {
+    let numel = shape.n * shape.k;
+    match (weight, shape.weight) {
+        (Weight::Dense(data), WeightFormat::Dense) => {
+            data.check("weight", numel, 16, device)?;
+            Ok(WeightParams { data: data.address(), ..WeightParams::zeroed() })
+        }
+        (Weight::Nf4(nf4), WeightFormat::Nf4 { blocksize }) => {
+            if nf4.blocksize != blocksize {
+                return Err(Error::argument("weight.blocksize", blocksize.to_string(), nf4.blocksize));
+            }
+            nf4.check("weight", numel, device)?;
+            Ok(WeightParams {
+                data: nf4.packed.address(),
+                absmax: nf4.absmax.params(),
+                codebook: nf4.values(),
+                block_shift: nf4.block_shift(),
+                padding: 0,
+            })
+        }
+        (Weight::Dense(_), WeightFormat::Nf4 { .. }) => {
+            Err(Error::argument("weight", "4-bit codes", "dense"))
+        }
+        (Weight::Nf4(_), WeightFormat::Dense) => Err(Error::argument("weight", "dense", "4-bit codes")),
+    }
 }

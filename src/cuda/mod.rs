@@ -11,11 +11,15 @@ mod deltas;
 pub mod dora_scale;
 #[cfg(feature = "cuda")]
 mod driver;
+mod dropout;
 pub mod expert_index;
+mod gradient_table;
 mod image;
 pub mod lora_expand;
+pub mod lora_gradient;
 pub mod lora_shrink;
 pub mod matmul;
+pub mod matmul_transposed;
 pub mod merge;
 mod nf4;
 pub mod nf4_dequantize;
@@ -29,6 +33,7 @@ pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, MAX_SLICES
 pub use deltas::{MAX_DELTAS, UpdateView};
 #[cfg(feature = "cuda")]
 pub use driver::{CudaQueue, CudaRead, CudaWrite};
+pub use gradient_table::{GradientTable, GradientView};
 pub use image::{Image, Target, modules, origin};
 pub use nf4::{AbsmaxView, NestedView, Nf4View, Nf4ViewMut, Search};
 pub use queue::{Kernel, Launch, Properties, Queue};
@@ -41,8 +46,10 @@ const KERNELS: &[&[Kernel]] = &[
     dora_scale::KERNELS,
     expert_index::KERNELS,
     lora_expand::KERNELS,
+    lora_gradient::KERNELS,
     lora_shrink::KERNELS,
     matmul::KERNELS,
+    matmul_transposed::KERNELS,
     merge::KERNELS,
     nf4_dequantize::KERNELS,
     nf4_merge::KERNELS,

@@ -1,0 +1,229 @@
+//! `dX = dY W + u A`: the gradient of a linear layer's input, with W dense or in 4 bits as it is stored for the forward
+//! product, and the low-rank branch of every token's adapter. (LoRA, arXiv:2106.09685: the derivative of
+//! `y = x Wᵀ + s (x Aᵀ) Bᵀ` by x, with `u = s dY B`.)
+//!
+//! W is read once for each tile of tokens and transposed on its way to the registers of the tensor cores; no transposed and no
+//! dequantised copy of it is made. Codes are decoded to what [`nf4_dequantize`](super::nf4_dequantize) gives.
+//!
+//! Everything else is as in [`matmul`](super::matmul()): f32 sums over the rows of W in an order that the plan fixes, splits that
+//! a second kernel adds in their order, a token's outputs independent of the other tokens, one rounding at the end, exact
+//! products in the branch. f32 dY has f32 products.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::adapter_table::LowRankParams;
+use super::check::{blocks, dimension, find, read_only};
+use super::matmul::{self, FINISH_THREADS, Output, Params, Shape, Tile, Weight, WeightFormat, splits};
+use super::{Kernel, Launch, LowRank, Properties, Queue, View, ViewMut, dropout};
+use crate::cpu::Dropout;
+use crate::nf4::check_blocksize;
+use crate::{DType, Element, Error, Result};
+
+pub(super) const KERNELS: &[Kernel] = &[
+    kernel("matmul_transposed_nf4_f32"),
+    kernel("matmul_transposed_dense_f32"),
+    kernel("matmul_transposed_nf4_f16_t16"),
+    kernel("matmul_transposed_nf4_f16_t64"),
+    kernel("matmul_transposed_nf4_f16_t128"),
+    kernel("matmul_transposed_nf4_f16_t64_ragged"),
+    kernel("matmul_transposed_nf4_bf16_t16"),
+    kernel("matmul_transposed_nf4_bf16_t64"),
+    kernel("matmul_transposed_nf4_bf16_t128"),
+    kernel("matmul_transposed_nf4_bf16_t64_ragged"),
+    kernel("matmul_transposed_dense_f16_t16"),
+    kernel("matmul_transposed_dense_f16_t64"),
+    kernel("matmul_transposed_dense_f16_t128"),
+    kernel("matmul_transposed_dense_f16_t64_ragged"),
+    kernel("matmul_transposed_dense_bf16_t16"),
+    kernel("matmul_transposed_dense_bf16_t64"),
+    kernel("matmul_transposed_dense_bf16_t128"),
+    kernel("matmul_transposed_dense_bf16_t64_ragged"),
+];
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel::new::<TransposedParams>("matmul_transposed", entry)
+}
+
+/// Rows of W that one step of a kernel takes, and columns of W that a block has.
+const STEP: usize = 64;
+const COLUMNS: usize = 128;
+/// The same of f32.
+const F32_STEP: usize = 16;
+const F32_TILE: usize = 64;
+
+/// What [`plan`] has chosen for one shape. Its [`Details`] can be read, not changed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan(Details);
+
+read_only!(Plan, Details);
+
+/// What will run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Details {
+    /// The shape that it is for.
+    pub shape: Shape,
+    /// The kernel; none where dX has no elements.
+    pub kernel: Option<Kernel>,
+    /// The kernel that adds the parts of split sums.
+    pub finish: Option<Kernel>,
+    /// Share of one block: tokens, `rows` of dX's columns, and rows of W at a time (`step`).
+    pub tile: Tile,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Blocks that share a sum over n. Above 1, a second kernel adds their parts.
+    pub splits: usize,
+    /// Whether rows of dY and W are read in pieces of 16 bytes. Otherwise ("ragged": k is not a multiple of 32 for codes, of 8 for
+    /// dense 16-bit W, or n not one of 8) dY is read element by element, and W in pieces that are not aligned to its rows.
+    pub vectors: bool,
+    /// Device memory that [`Plan::run`] wants to be lent.
+    pub workspace_bytes: usize,
+    /// What the adapters' inputs went through; see [`Plan::with_dropout`].
+    pub dropout: Option<Dropout>,
+}
+
+/// `TransposedParams` of `matmul_transposed.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct TransposedParams {
+    product: Params,
+    dropout: dropout::Params,
+}
+
+/// Chooses the kernel, its tile, the grid and the number of splits. `shape` is the forward product's: W is `[n, k]`, and the
+/// type is that of dY, dX and a dense W.
+///
+/// # Errors
+/// [`Error::Argument`] for a block size that the format does not know, or sizes or a grid of 2^31 and above.
+pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
+    let Shape { tokens, n, k, dtype, weight } = *shape;
+    dimension("tokens", tokens)?;
+    dimension("n", n)?;
+    dimension("k", k)?;
+    if let WeightFormat::Nf4 { blocksize } = weight {
+        check_blocksize("weight.blocksize", blocksize)?;
+    }
+    let codes = weight != WeightFormat::Dense;
+    let f32 = dtype == DType::F32;
+    let vectors = !f32 && n > 0 && n.is_multiple_of(8) && k.is_multiple_of(if codes { 32 } else { 8 });
+    let fills = |tile: usize| tokens.div_ceil(tile) * k.div_ceil(COLUMNS) >= device.sm_count as usize;
+    let tile = match tokens {
+        _ if f32 => Tile { tokens: F32_TILE, rows: F32_TILE, step: F32_STEP },
+        0..=16 if vectors => Tile { tokens: 16, rows: COLUMNS, step: STEP },
+        65.. if vectors && fills(128) => Tile { tokens: 128, rows: COLUMNS, step: STEP },
+        _ => Tile { tokens: 64, rows: COLUMNS, step: STEP },
+    };
+    // What a stage and the end hold is spelled out in `multiply_block` of block_product.cuh.
+    let (stages, row_bytes) = match (vectors, codes) {
+        (false, _) => (1, COLUMNS * 2),
+        (true, true) => (4, COLUMNS / 2),
+        (true, false) => (3, COLUMNS * 2),
+    };
+    let pipeline = stages * (tile.tokens * STEP * 2 + STEP * row_bytes);
+    let staging = tile.tokens * (COLUMNS + 4) * size_of::<f32>();
+    let tiles = tokens.div_ceil(tile.tokens) as u64 * k.div_ceil(tile.rows) as u64;
+    let splits = splits(tiles, n.div_ceil(tile.step), u64::from(device.sm_count));
+    let kind = if codes { "nf4" } else { "dense" };
+    let variant = match (f32, vectors) {
+        (true, _) => String::new(),
+        (false, true) => format!("_t{}", tile.tokens),
+        (false, false) => format!("_t{}_ragged", tile.tokens),
+    };
+    let entry = format!("matmul_transposed_{kind}_{dtype}{variant}");
+    Ok(Plan(Details {
+        shape: *shape,
+        kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
+        finish: (splits > 1).then(|| find(matmul::KERNELS, &format!("matmul_finish_{dtype}"))),
+        tile,
+        grid: [blocks("tokens * k", tiles)?, splits as u32, 1],
+        threads: if f32 { 256 } else { 128 },
+        shared_bytes: if f32 { 0 } else { pipeline.max(staging) as u32 },
+        splits,
+        vectors,
+        workspace_bytes: if splits > 1 { splits * tokens * k * size_of::<f32>() } else { 0 },
+        dropout: None,
+    }))
+}
+
+impl Plan {
+    /// The same for adapters that saw x after `dropout`: what it took from x gets nothing of their branch. (The factor of the rest
+    /// is in u.)
+    #[must_use]
+    pub fn with_dropout(self, dropout: Dropout) -> Self {
+        Self(Details { dropout: Some(dropout), ..self.0 })
+    }
+
+    /// Computes `dx` `[tokens, k]` from `dy` `[tokens, n]`; both, and a dense W `[n, k]`, are aligned to 16 bytes. `workspace`
+    /// has `Plan::workspace_bytes()` or more, aligned to 16; what it holds does not matter, before or after.
+    ///
+    /// The branch's `v` is u here: what [`lora_shrink`](super::lora_shrink) made of dY with a transposed plan. Slices of the outputs
+    /// (see [`AdapterTable`](super::AdapterTable)) each add theirs.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for views or adapters that are not as the plan's shape says, [`Error::Device`] when a launch
+    /// fails.
+    pub fn run<T: Element, A: Element>(
+        &self,
+        queue: &dyn Queue,
+        dy: View<'_, T>,
+        weight: &Weight<'_, T>,
+        low_rank: Option<&LowRank<'_, A>>,
+        dx: ViewMut<'_, T>,
+        workspace: ViewMut<'_, u8>,
+    ) -> Result<()> {
+        let device = queue.properties();
+        let Shape { tokens, n, k, dtype, .. } = self.shape;
+        if T::DTYPE != dtype {
+            return Err(Error::argument("dy", dtype.name(), T::DTYPE));
+        }
+        dy.check("dy", tokens * n, 16, device)?;
+        dx.check("dx", tokens * k, 16, device)?;
+        workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
+        // To the kernel the outputs are dX's columns.
+        let product = Params {
+            x: dy.address(),
+            weight: matmul::weight_params(&self.shape, weight, device)?,
+            branch: match low_rank {
+                Some(branch) => branch.transposed_params(dtype, [tokens, n, k], device)?,
+                None => LowRankParams::zeroed(),
+            },
+            output: Output {
+                y: dx.address(),
+                bias: 0,
+                row_scale: 0,
+                partial: if self.splits > 1 { workspace.address() } else { 0 },
+            },
+            tokens: tokens as u32,
+            n: k as u32,
+            k: n as u32,
+            splits: self.splits as u32,
+        };
+        let Some(kernel) = self.kernel else { return Ok(()) };
+        let params = TransposedParams { product, dropout: dropout::Params::new(self.dropout.as_ref()) };
+        let launch = Launch {
+            kernel,
+            grid: self.grid,
+            block: [self.threads, 1, 1],
+            shared_bytes: self.shared_bytes,
+            params: bytemuck::bytes_of(&params),
+            overlap: false,
+        };
+        // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when
+        // their table was made; they are borrowed, so they live until the caller lets go of them.
+        unsafe { queue.launch(&launch)? };
+        let Some(kernel) = self.finish else { return Ok(()) };
+        let finish = Launch {
+            kernel,
+            grid: [blocks("tokens * k", (tokens * k).div_ceil(FINISH_THREADS) as u64)?, 1, 1],
+            block: [FINISH_THREADS as u32, 1, 1],
+            shared_bytes: 0,
+            params: bytemuck::bytes_of(&product),
+            overlap: false,
+        };
+        // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
+        unsafe { queue.launch(&finish) }
+    }
+}
