@@ -92,7 +92,7 @@ impl<'a> Difference<'a> {
     /// [`Error::Argument`] when the rank exceeds the smaller side, or the energy is not a share.
     pub fn extract(&self, rank: impl Into<Rank>) -> Result<Extraction> {
         let svd = self.with_matrix(|matrix| matrix.svd(rank.into(), self.method, self.norm))?;
-        Ok(Extraction { svd, fan_in_fan_out: self.fan_in_fan_out })
+        Ok(Extraction::new(svd, self.fan_in_fan_out))
     }
 
     /// `||tuned - base - delta||` in the Frobenius norm: what an adapter, with its factors rounded as they are, leaves out.
@@ -136,6 +136,11 @@ pub struct Extraction {
 }
 
 impl Extraction {
+    /// Of a weight that is stored `[in, out]`, or not.
+    pub(super) fn new(svd: Svd, fan_in_fan_out: bool) -> Self {
+        Self { svd, fan_in_fan_out }
+    }
+
     /// How many singular values are kept.
     pub fn rank(&self) -> usize {
         self.svd.rank

@@ -42,6 +42,7 @@ mod lora;
 mod merge;
 mod ranks;
 mod reduce;
+mod remainder;
 mod report;
 mod requantize;
 mod rows;

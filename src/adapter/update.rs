@@ -1,4 +1,4 @@
-use std::ops::Range;
+use std::ops::{AddAssign, Mul, Range};
 
 use faer::linalg::matmul::matmul;
 use faer::traits::RealField;
@@ -148,10 +148,10 @@ impl<R: RealField> Sides<R> {
     }
 }
 
-impl Sides<f32> {
+impl<R: Copy + Default + Mul<Output = R> + AddAssign> Sides<R> {
     /// Writes the delta of elements from `start` on: the rounded products of ascending ranks, added one by one. These bits
-    /// do not depend on the machine, and nor on where a run begins.
-    pub fn run(&self, start: usize, out: &mut [f32]) {
+    /// do not depend on the machine, nor on where a run begins.
+    pub fn run(&self, start: usize, out: &mut [R]) {
         /// Sums that stay in registers.
         const TILE: usize = 32;
         let [rows, columns] = self.shape;
@@ -161,12 +161,12 @@ impl Sides<f32> {
             let (row, column) = (at / columns, at % columns);
             let count = (columns - column).min(rest.len());
             let (run, tail) = rest.split_at_mut(count);
-            let left: Vec<f32> = self.left.iter().skip(row).step_by(rows).copied().collect();
+            let left: Vec<R> = self.left.iter().skip(row).step_by(rows).copied().collect();
             for (t, tile) in run.chunks_mut(TILE).enumerate() {
-                let mut sums = [0.0f32; TILE];
+                let mut sums = [R::default(); TILE];
                 for (left, right) in left.iter().zip(self.right.chunks(columns)) {
                     let right = &right[column + t * TILE..][..tile.len()];
-                    sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += left * right);
+                    sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += *left * *right);
                 }
                 tile.copy_from_slice(&sums[..tile.len()]);
             }

@@ -119,12 +119,12 @@ impl NestedAbsmax {
         Self { q, ..self }
     }
 
-    /// The nearest that these offset, map and nested scales have to other scales, as many as these. A nested scale whose
-    /// range they exceed becomes what [`nest_about`] takes.
+    /// The nearest that these offset, map and nested scales have to other scales, as many as these. A nested scale becomes what
+    /// [`nest_about`] takes when they exceed its range by more than a 32nd: to move 256 scales costs more than to cut one.
     pub(crate) fn nearest_to(&self, scales: &[f32]) -> Self {
         assert_eq!(scales.len(), self.q.len());
         let bound = |pick: fn(f32, f32) -> f32| self.map.iter().copied().fold(0.0, pick);
-        let (lowest, highest) = (bound(f32::min), bound(f32::max));
+        let [lowest, highest] = [bound(f32::min), bound(f32::max)].map(|bound| bound * (1.0 + 1.0 / 32.0));
         let mut nested = Self { q: Vec::with_capacity(scales.len()), ..self.clone() };
         for (scales, nested_scale) in scales.chunks(self.blocksize).zip(&mut nested.absmax) {
             let centred: Vec<f32> = scales.iter().map(|scale| scale - self.offset).collect();
