@@ -34,6 +34,7 @@
 
 mod adalora;
 mod base;
+mod combine;
 mod dora;
 mod embedding;
 mod extract;
@@ -53,6 +54,7 @@ mod update;
 
 pub use adalora::AdaLora;
 pub use base::Base;
+pub use combine::Combination;
 pub use dora::Dora;
 pub use embedding::EmbeddingLora;
 pub use extract::{Difference, Extraction};

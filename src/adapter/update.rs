@@ -32,6 +32,13 @@ impl Update {
 
     /// The adapter's delta (for DoRA, that of its direction).
     pub fn of(adapter: &Adapter) -> Self {
+        let mut update = Self::unscaled(adapter);
+        update.b.iter_mut().for_each(|b| *b *= adapter.scaling());
+        update
+    }
+
+    /// The same without the scaling.
+    pub fn unscaled(adapter: &Adapter) -> Self {
         let mut update = Self::empty(adapter);
         update.a = adapter.lora_a().to_f64();
         if let Adapter::AdaLora(adalora) = adapter {
@@ -40,8 +47,7 @@ impl Update {
             }
         }
         let (rank, b) = (adapter.rank(), adapter.lora_b().to_f64());
-        update.b =
-            (0..rank).flat_map(|r| b.iter().skip(r).step_by(rank)).map(|b| adapter.scaling() * b).collect();
+        update.b = (0..rank).flat_map(|r| b.iter().skip(r).step_by(rank)).copied().collect();
         update
     }
 
