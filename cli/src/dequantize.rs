@@ -11,7 +11,7 @@ use lora_kernels::nf4::Nf4Matrix;
 use lora_kernels::{DType, Element, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::model::{Change, Fate, Output, Rows, Source, Summary, rewrite};
+use crate::model::{Change, Fate, Output, Rows, Slab, Source, Summary, rewrite};
 use crate::quantize::{Out, dtype, write_config};
 
 const EXAMPLES: &str = "\
@@ -86,7 +86,7 @@ impl Change for Decode {
         Ok(match parameter {
             Parameter::Nf4 { state, .. } => {
                 let dtype = stored(self.0.unwrap_or(state.dtype));
-                Fate::ByRows(Parameter::Dense { dtype, shape: state.shape.clone() })
+                Fate::Change(Parameter::Dense { dtype, shape: state.shape.clone() }, Slab::Any)
             }
             Parameter::Dense { .. } => Fate::Keep,
         })

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use lora_kernels::DType;
 use lora_kernels::adapter::{Adapter, Base, MergeReport, Requantize, Rounding, Scale, Stack};
@@ -15,12 +15,15 @@ use lora_kernels::formats::safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::dequantize::{dense_config, stored};
-use crate::model::{Adapters, Change, Fate, Output, Rows, Source, Summary, cast, number, rewrite};
+use crate::model::{
+    Adapters, Change, Fate, Output, Rows, Slab, Source, Summary, cast, number, record, rewrite,
+};
 use crate::quantize::{Out, dtype, write_config};
 
 const EXAMPLES: &str = "\
 Examples:
   lora-kernels merge Llama-3-8B my-adapter --out Llama-3-8B-merged
+  lora-kernels merge Llama-3-8B my-adapter --out Llama-3-8B-merged --undo my-adapter.undo
   lora-kernels merge Llama-3-8B style facts --weight 0.7 --weight 1 --out both
   lora-kernels merge Llama-3-8B-nf4 my-adapter --out merged-bf16 --dtype bf16
   lora-kernels merge Llama-3-8B-nf4 my-adapter --out merged-nf4 --scale least-error --rounding keep-gain
@@ -57,6 +60,9 @@ pub struct Arguments {
     /// The share of the adapters that must be left of them in the merged model [default: 0.9 in 4 bits, else 0].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     min_gain: Option<f64>,
+    /// Write a file from which `unmerge` restores the model bit for bit.
+    #[arg(long, value_name = "FILE")]
+    undo: Option<PathBuf>,
     /// Leave out adapted modules that the model does not have.
     #[arg(long)]
     allow_missing: bool,
@@ -94,6 +100,17 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
         "--scale, --rounding: wanted a 4-bit model, got {}, which is dense",
         source.folder().display()
     );
+    if let Some(undo) = &arguments.undo {
+        ensure!(
+            !four_bit || arguments.dtype.is_none(),
+            "--undo: wanted a target in 4 bits, got a dense one: keep the 4-bit model, it is smaller than what could be recorded"
+        );
+        ensure!(
+            arguments.out.force || !undo.exists(),
+            "--undo {}: is there already (--force replaces it)",
+            undo.display()
+        );
+    }
     let inputs: Vec<&Path> =
         [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
     let output = Output::create(&arguments.out.out, &inputs, arguments.out.force)?;
@@ -118,6 +135,12 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     match arguments.dtype {
         Some(_) => write_config(&output, dense_config(source.config(), arguments.dtype))?,
         None => write_config(&output, source.config().clone())?,
+    }
+    if let Some(undo) = &arguments.undo {
+        let bytes = record(&source, &adapters, &output, undo).context("--undo")?;
+        let per_weight = bytes as f64 / total.elements.max(1) as f64;
+        summary.say(format!("{}: {bytes} bytes, {per_weight:.3} for each merged weight", undo.display()));
+        summary.field("undo_bytes", bytes);
     }
     output.commit()?;
     describe(&mut summary, &adapters, &reports, total);
@@ -234,17 +257,17 @@ impl Change for Merge<'_> {
         let touched = adapted || self.adapters.has_bias(name) || self.adapters.replacement(name).is_some();
         Ok(match (parameter, self.dtype) {
             (Parameter::Nf4 { state, .. }, Some(dtype)) => {
-                Fate::ByRows(Parameter::Dense { dtype: stored(dtype), shape: state.shape.clone() })
+                Fate::Change(Parameter::Dense { dtype: stored(dtype), shape: state.shape.clone() }, Slab::Any)
             }
             (Parameter::Nf4 { state, storage }, None) if adapted => {
                 let state = QuantState { shape: state.shape.clone(), ..*state };
-                Fate::Whole(Parameter::Nf4 { state, storage: *storage })
+                Fate::Change(Parameter::Nf4 { state, storage: *storage }, Slab::Whole)
             }
             (Parameter::Dense { dtype, shape }, _) if touched => {
                 let parameter =
                     Parameter::Dense { dtype: stored(self.dense(name, *dtype)?), shape: shape.clone() };
                 let whole = self.adapters.need_whole(name) || self.adapters.has_bias(name);
-                if whole { Fate::Whole(parameter) } else { Fate::ByRows(parameter) }
+                Fate::Change(parameter, if whole { Slab::Whole } else { Slab::Any })
             }
             _ => Fate::Keep,
         })

@@ -11,7 +11,7 @@ use lora_kernels::nf4::{self, Codebook, NESTED_BLOCKSIZE, Nesting, Nf4Matrix, Qu
 use lora_kernels::{DType, Tensor};
 use serde_json::{Map, Value};
 
-use crate::model::{Change, Fate, Output, Rows, Source, Summary, rewrite};
+use crate::model::{Change, Fate, Output, Rows, Slab, Source, Summary, rewrite};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -287,7 +287,9 @@ pub fn write_config(output: &Output, config: Map<String, Value>) -> Result<()> {
 impl Change for Plan {
     fn fate(&self, name: &str, parameter: &Parameter) -> Result<Fate> {
         match matrix(parameter) {
-            Some(dtype) if self.takes(name) => Ok(Fate::ByRows(self.parameter(dtype, parameter.shape()))),
+            Some(dtype) if self.takes(name) => {
+                Ok(Fate::Change(self.parameter(dtype, parameter.shape()), Slab::Any))
+            }
             _ => Ok(Fate::Keep),
         }
     }

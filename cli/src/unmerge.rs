@@ -8,16 +8,18 @@ use anyhow::{Result, bail};
 use lora_kernels::adapter::{Adapter, Base, Requantize, Stack};
 use lora_kernels::formats::bitsandbytes::{Parameter, QuantState};
 
-use crate::model::{Adapters, Change, Fate, Output, Rows, Source, Summary, rewrite};
+use crate::model::{Adapters, Change, Fate, Output, Restore, Rows, Slab, Source, Summary, rewrite};
 use crate::quantize::{Out, write_config};
 
 const EXAMPLES: &str = "\
 Examples:
-  lora-kernels unmerge Llama-3-8B-merged my-adapter --out Llama-3-8B-again
+  lora-kernels unmerge Llama-3-8B-merged my-adapter --out Llama-3-8B-again --undo my-adapter.undo
+  lora-kernels unmerge Llama-3-8B-merged my-adapter --out Llama-3-8B-nearly
   lora-kernels unmerge both style facts --weight 0.7 --weight 1 --out Llama-3-8B-again
 
-Adapters and weights are those of the merge, in the same order. The deltas are subtracted in f32: what the merge has rounded away
-does not come back, and the command says of how many elements that may be.";
+Adapters and weights are those of the merge, in the same order. With the file that `merge --undo` wrote every bit comes back. Without
+it the deltas are subtracted in f32: what the merge has rounded away does not come back, and the command says of how many elements
+that may be; DoRA and replaced tensors cannot be taken out then.";
 
 /// Arguments of `lora-kernels unmerge`.
 #[derive(clap::Args)]
@@ -33,6 +35,9 @@ pub struct Arguments {
     /// What each adapter's delta was multiplied with [default: 1].
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     weight: Vec<f64>,
+    /// The file that `merge --undo` wrote.
+    #[arg(long, value_name = "FILE")]
+    undo: Option<PathBuf>,
     /// Leave out adapted modules that the model does not have.
     #[arg(long)]
     allow_missing: bool,
@@ -43,21 +48,30 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let mut summary = Summary::start();
     let source = Source::open(&arguments.model)?;
     let adapters = Adapters::open(&source, &arguments.adapters, &arguments.weight, arguments.allow_missing)?;
+    if let Some(undo) = &arguments.undo {
+        let restore = Restore::open(undo, &adapters)?;
+        let output = arguments.output(&source)?;
+        let bytes = rewrite(&source, &output, &restore, &mut summary)?;
+        write_config(&output, restore.config()?)?;
+        output.commit()?;
+        summary.say(format!("{} weights restored, bit for bit", adapters.len()));
+        summary.field("restored", adapters.len());
+        summary.finish("unmerged", bytes, arguments.out.json);
+        return Ok(true);
+    }
     if let Some(weight) = adapters.with_dora() {
         bail!(
-            "{weight}: a DoRA cannot be taken out of a merged weight: the norms that it was merged with are gone"
+            "{weight}: a DoRA cannot be taken out of a merged weight: the norms that it was merged with are gone (--undo has them)"
         );
     }
     let replaced: Vec<&String> = adapters.replaced().collect();
     if !replaced.is_empty() {
         bail!(
-            "the adapters replaced whole tensors, and what was there is gone: {}",
+            "the adapters replaced whole tensors, and what was there is gone (--undo has it): {}",
             replaced[..].iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", ")
         );
     }
-    let inputs: Vec<&Path> =
-        [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
-    let output = Output::create(&arguments.out.out, &inputs, arguments.out.force)?;
+    let output = arguments.output(&source)?;
     let unmerge =
         Unmerge { adapters: &adapters, elements: AtomicU64::new(0), undetermined: AtomicU64::new(0) };
     let bytes = rewrite(&source, &output, &unmerge, &mut summary)?;
@@ -72,6 +86,14 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     summary.field("undetermined", undetermined);
     summary.finish("unmerged", bytes, arguments.out.json);
     Ok(true)
+}
+
+impl Arguments {
+    fn output(&self, source: &Source) -> Result<Output> {
+        let inputs: Vec<&Path> =
+            [source.folder()].into_iter().chain(self.adapters.iter().map(PathBuf::as_path)).collect();
+        Output::create(&self.out.out, &inputs, self.out.force)
+    }
 }
 
 /// Subtracts adapters.
@@ -94,10 +116,12 @@ impl Change for Unmerge<'_> {
         Ok(match parameter {
             Parameter::Nf4 { state, storage } if adapted => {
                 let state = QuantState { shape: state.shape.clone(), ..*state };
-                Fate::Whole(Parameter::Nf4 { state, storage: *storage })
+                Fate::Change(Parameter::Nf4 { state, storage: *storage }, Slab::Whole)
             }
-            Parameter::Dense { .. } if self.adapters.has_bias(name) => Fate::Whole(parameter.clone()),
-            Parameter::Dense { .. } if adapted => Fate::ByRows(parameter.clone()),
+            Parameter::Dense { .. } if self.adapters.has_bias(name) => {
+                Fate::Change(parameter.clone(), Slab::Whole)
+            }
+            Parameter::Dense { .. } if adapted => Fate::Change(parameter.clone(), Slab::Any),
             _ => Fate::Keep,
         })
     }

@@ -316,6 +316,73 @@ fn four_bit_models_stay_so_or_become_dense() {
     }
 }
 
+/// With a record every bit comes back: of dense and 4-bit models, of every kind of adapter, of weights of several slabs.
+#[test]
+fn a_merge_is_undone_to_the_bit() {
+    let set = Set::of("undo", &["peft"]);
+    model(&set, "large", [2900, 1508], DType::BF16);
+    adapter(&set, "dora", [2900, 1508], true);
+    for (family, dtype) in [("llama", DType::F16), ("llama_bias", DType::BF16), ("gpt2", DType::F32)] {
+        let mut base = bitsandbytes::load(set.path(&format!("peft/{family}/base"))).unwrap();
+        let narrow = |tensor: &mut Tensor| {
+            *tensor = Tensor::from_f32(tensor.shape(), &tensor.to_f32(), dtype).unwrap();
+        };
+        base.dense.values_mut().for_each(narrow);
+        let options = SaveOptions { max_shard_bytes: Some(60_000), ..SaveOptions::default() };
+        base.save(set.path(family), &options).unwrap();
+    }
+    rewrite(&set, &["quantize"], "peft/llama/base", &["--double-quant"], "nested");
+    rewrite(&set, &["quantize"], "peft/llama/base", &["--quant-type", "fp4", "--blocksize", "32"], "plain");
+    let undo = set.path("undo");
+    let better = ["--scale", "least-error", "--rounding", "keep-gain"];
+    for (base, adapters, options) in [
+        ("llama", &["llama/lora_r8a16", "llama/dora_r8", "llama/adalora_pruned"][..], &[][..]),
+        ("llama", &["llama/embed_and_head"], &["--dtype", "f32"]),
+        ("llama_bias", &["llama_bias/lora_bias"], &["--weight", "-0.3"]),
+        ("llama_bias", &["llama_bias/bias_lora_only"], &[]),
+        ("gpt2", &["gpt2/dora_fifo"], &[]),
+        ("large", &["../dora"], &[]),
+        ("nested", &["llama/lora_r8a16"], &[]),
+        ("nested", &["llama/lora_r8a16", "llama/rslora_r16"], &better),
+        ("plain", &["llama/patterns"], &[]),
+    ] {
+        let folders: Vec<_> = adapters.iter().map(|name| set.path("peft").join(name)).collect();
+        let folders: Vec<&str> = folders.iter().map(|folder| text(folder)).collect();
+        let options = [options, &["--force", "--undo", text(&undo)]].concat();
+        let merged = rewrite(&set, &[&["merge"], &folders[..]].concat(), base, &options, "merged");
+        let original = bitsandbytes::load(set.path(base)).unwrap();
+        assert!(merged != original);
+        let options: Vec<&str> = options
+            .into_iter()
+            .filter(|option| !["--dtype", "f32"].contains(option) && !better.contains(option))
+            .collect();
+        let again = rewrite(&set, &[&["unmerge"], &folders[..]].concat(), "merged", &options, "again");
+        assert!(again == original, "{base} {adapters:?}");
+        // For another model, or with other adapters, the record is refused.
+        if adapters.len() == 2 {
+            for (model, folders) in [(base, &folders[..]), ("merged", &folders[..1])] {
+                let (model, no) = (set.path(model), set.path("no"));
+                let arguments =
+                    [&["unmerge", text(&model)], folders, &["--out", text(&no), "--undo", text(&undo)]];
+                let output = run(&arguments.concat());
+                assert_eq!(output.code, Some(1), "{}", output.stdout);
+                assert!(!no.exists() && output.stderr.lines().count() == 1, "{}", output.stderr);
+            }
+        }
+    }
+    let [plain, patterns, other, new] =
+        ["plain", "peft/llama/patterns", "other", "new"].map(|name| set.path(name));
+    for (options, word) in [
+        (&["--undo", text(&undo)][..], "is there already"),
+        (&["--undo", text(&new), "--dtype", "bf16"], "keep the 4-bit model"),
+    ] {
+        let output =
+            run(&[&["merge", text(&plain), text(&patterns), "--out", text(&other)], options].concat());
+        assert_eq!(output.code, Some(1));
+        assert!(output.stderr.contains(word) && !other.exists() && !new.exists(), "{}", output.stderr);
+    }
+}
+
 /// A delta that 4 bits swallow is refused with the figures, unless that is accepted.
 #[test]
 fn a_lost_adapter_is_refused() {

@@ -9,9 +9,11 @@ mod output;
 mod progress;
 mod rewrite;
 mod source;
+mod undo;
 
 pub use adapters::{Adapters, cast};
 pub use output::Output;
 pub use progress::{Summary, number};
-pub use rewrite::{Change, Fate, Rows, rewrite};
+pub use rewrite::{Change, Fate, Rows, Slab, rewrite};
 pub use source::Source;
+pub use undo::{Restore, record};

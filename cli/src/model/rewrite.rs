@@ -39,10 +39,19 @@ pub trait Change: Sync {
 pub enum Fate {
     /// Its tensors stay as they are.
     Keep,
-    /// It becomes another one of the same shape, some rows at a time.
-    ByRows(Parameter),
-    /// The same, all rows at once.
-    Whole(Parameter),
+    /// It becomes another one of the same shape.
+    Change(Parameter, Slab),
+}
+
+/// How much of a parameter is changed at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slab {
+    /// As many rows as are convenient.
+    Any,
+    /// So many rows.
+    Rows(usize),
+    /// All rows.
+    Whole,
 }
 
 /// New rows.
@@ -100,6 +109,8 @@ struct Shard {
     name: String,
     path: PathBuf,
     file: File,
+    /// Held while bytes are written: threads that wait for a file in the kernel may do so spinning.
+    writing: Mutex<()>,
     /// In the order in which they will lie.
     tensors: Vec<(String, Dtype, Vec<usize>)>,
     layout: Layout,
@@ -170,7 +181,7 @@ impl<'a> Work<'a> {
         tensors: &mut Vec<(String, Dtype, Vec<usize>)>,
     ) -> Result<()> {
         let reader = self.source.reader();
-        let (target, whole) = match self.change.fate(name, parameter)? {
+        let (target, slab) = match self.change.fate(name, parameter)? {
             Fate::Keep => {
                 for tensor in reader.tensors(name)? {
                     let entry = reader.entry(tensor)?;
@@ -183,8 +194,7 @@ impl<'a> Work<'a> {
                 }
                 return Ok(());
             }
-            Fate::ByRows(target) => (target, false),
-            Fate::Whole(target) => (target, true),
+            Fate::Change(target, slab) => (target, slab),
         };
         let shape = target.shape().to_vec();
         ensure!(shape == parameter.shape(), "wanted shape {:?}, got {shape:?}", parameter.shape());
@@ -195,13 +205,12 @@ impl<'a> Work<'a> {
             Parameter::Dense { .. } => 1,
         };
         let blocksize = blocksize(parameter).max(blocksize(&target));
-        // So many rows fill whole blocks, whose sizes are powers of two.
-        let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
-        let slab = if whole { count } else { (SLAB / columns.max(1)).next_multiple_of(step).max(step) };
-        let (changed, slabs) = (self.changed.len(), count.div_ceil(slab.max(1)));
+        let whole = slab == Slab::Whole;
+        let slab = slab_rows(&shape, blocksize, slab);
+        let (changed, slabs) = (self.changed.len(), count.div_ceil(slab));
         let bytes: u64 =
             reader.tensors(name)?.into_iter().map(|t| reader.entry(t).map_or(0, |e| e.size())).sum();
-        for start in (0..count).step_by(slab.max(1)) {
+        for start in (0..count).step_by(slab) {
             let rows = start..(start + slab).min(count);
             let bytes = bytes * rows.len() as u64 / count as u64;
             self.pieces.push(Piece::Change { changed, rows, bytes });
@@ -305,6 +314,20 @@ impl<'a> Work<'a> {
     }
 }
 
+/// Rows of a slab of a parameter, 1 or more. They fill whole blocks.
+pub fn slab_rows(shape: &[usize], blocksize: usize, slab: Slab) -> usize {
+    let columns: usize = shape.iter().skip(1).product();
+    match slab {
+        Slab::Rows(rows) => rows.max(1),
+        Slab::Whole => shape.first().map_or(1, |count| *count).max(1),
+        Slab::Any => {
+            // Sizes of blocks are powers of two.
+            let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
+            (SLAB / columns.max(1)).next_multiple_of(step).max(step)
+        }
+    }
+}
+
 impl Shard {
     /// Lays out the file, and opens it.
     fn create(name: &str, output: &Output, mut tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<Self> {
@@ -315,7 +338,15 @@ impl Shard {
         let layout = Layout::new(tensors.iter().cloned(), layout.header().len() + 16 * texts)?;
         let path = output.path(name)?;
         let file = File::create_new(&path).with_context(|| path.display().to_string())?;
-        Ok(Self { name: name.to_owned(), path, file, tensors, layout, texts: Mutex::default() })
+        Ok(Self {
+            name: name.to_owned(),
+            path,
+            file,
+            tensors,
+            layout,
+            writing: Mutex::default(),
+            texts: Mutex::default(),
+        })
     }
 
     /// Writes bytes of a tensor, from `offset` within it on. Texts are kept until the end.
@@ -326,6 +357,7 @@ impl Shard {
             return Ok(());
         }
         let range = self.layout.range(tensor).expect("it was laid out");
+        let _one = lock(&self.writing);
         write_all_at(&self.file, range.start + offset, &bytes)
             .with_context(|| self.path.display().to_string())
     }
@@ -383,13 +415,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Writes at a place, wherever other threads write.
 #[cfg(unix)]
-fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+pub fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
 }
 
 /// Writes at a place, wherever other threads write.
 #[cfg(windows)]
-fn write_all_at(file: &File, mut offset: u64, mut bytes: &[u8]) -> std::io::Result<()> {
+pub fn write_all_at(file: &File, mut offset: u64, mut bytes: &[u8]) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match std::os::windows::fs::FileExt::seek_write(file, bytes, offset)? {
             0 => return Err(std::io::ErrorKind::WriteZero.into()),
