@@ -6,10 +6,12 @@ use clap::{Parser, Subcommand};
 
 mod demo;
 mod dequantize;
+mod extract;
 mod inspect;
 mod merge;
 mod model;
 mod quantize;
+mod size;
 mod table;
 mod tensors;
 mod unmerge;
@@ -37,6 +39,10 @@ enum Command {
     Merge(merge::Arguments),
     /// Take merged adapters out of a model's folder again.
     Unmerge(unmerge::Arguments),
+    /// Make an adapter of what tuning has changed in a model.
+    Extract(extract::Arguments),
+    /// Tell how large an adapter for a model is, and the model, from its config.json.
+    Size(size::Arguments),
     /// Check this library against a folder of reference data.
     Verify(verify::Arguments),
 }
@@ -57,6 +63,8 @@ fn main() -> ExitCode {
         Command::Dequantize(arguments) => dequantize::run(&arguments),
         Command::Merge(arguments) => merge::run(&arguments),
         Command::Unmerge(arguments) => unmerge::run(&arguments),
+        Command::Extract(arguments) => extract::run(&arguments),
+        Command::Size(arguments) => size::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };
     match result {

@@ -43,7 +43,7 @@ pub struct Out {
     /// The folder to write.
     #[arg(long)]
     pub out: PathBuf,
-    /// Replace the model that is there.
+    /// Replace the model or adapter that is there.
     #[arg(long)]
     pub force: bool,
     /// Print one JSON object instead of text.
@@ -96,13 +96,13 @@ pub fn dtype(name: &str) -> Result<DType, String> {
 }
 
 /// Modules that look like linear layers in a file and are tables of embeddings.
-const EMBEDDINGS: [&str; 7] =
+pub const EMBEDDINGS: [&str; 7] =
     ["embed", "wte", "wpe", "shared", "relative_attention_bias", "patch_embed", "position_emb"];
 /// Layers that make logits or scores of hidden states, which transformers does not quantise.
-const HEADS: [&str; 8] =
+pub const HEADS: [&str; 8] =
     ["lm_head", "embed_out", "score", "classifier", "proj_out", "qa_outputs", "output_projection", "decoder"];
 /// Models whose linear layers are stored transposed (Conv1D): bitsandbytes has them the other way round.
-const CONV1D: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
+pub const CONV1D: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<bool> {
@@ -195,7 +195,7 @@ impl Quantisation {
 }
 
 /// Whether one of the names is that of the module; marks those that are.
-fn mark(names: &[String], used: &mut [bool], module: &str) -> bool {
+pub fn mark(names: &[String], used: &mut [bool], module: &str) -> bool {
     let mut any = false;
     for (name, used) in names.iter().zip(used) {
         let ends =
@@ -209,7 +209,7 @@ fn mark(names: &[String], used: &mut [bool], module: &str) -> bool {
 }
 
 /// The type of a two-dimensional floating-point tensor.
-fn matrix(parameter: &Parameter) -> Option<DType> {
+pub fn matrix(parameter: &Parameter) -> Option<DType> {
     match parameter {
         Parameter::Dense { dtype: Dtype::F32, shape } if shape.len() == 2 => Some(DType::F32),
         Parameter::Dense { dtype: Dtype::F16, shape } if shape.len() == 2 => Some(DType::F16),

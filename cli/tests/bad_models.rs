@@ -152,7 +152,11 @@ fn outputs_that_cannot_be() {
     fs::create_dir(set.path("full")).unwrap();
     fs::write(set.path("full/letter.txt"), "dear").unwrap();
     refused(&set, &["quantize", &base, "--out", &path("full")], &["is there already", "--force"]);
-    refused(&set, &["quantize", &base, "--out", &path("full"), "--force"], &["no model's folder"]);
+    refused(
+        &set,
+        &["quantize", &base, "--out", &path("full"), "--force"],
+        &["no model's or adapter's folder"],
+    );
     // A target that cannot be written; root may write anywhere.
     let locked = set.path("locked");
     fs::create_dir(&locked).unwrap();

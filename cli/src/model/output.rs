@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use lora_kernels::formats::peft;
 
 use super::source::{CONFIG, INDEX, MODEL};
 
@@ -24,7 +25,7 @@ pub struct Output {
 
 impl Output {
     /// Prepares to write the folder `path`. It must not be one of the `inputs`, nor lie in one, nor hold one. What is there already
-    /// is replaced with `force`, if it looks like a model.
+    /// is replaced with `force`, if it looks like a model or an adapter.
     pub fn create(path: &Path, inputs: &[&Path], force: bool) -> Result<Self> {
         let place = path.display();
         let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else {
@@ -52,10 +53,10 @@ impl Output {
         }
         if path.exists() {
             ensure!(force, "--out {place}: is there already (--force replaces it)");
-            let known = [CONFIG, MODEL, INDEX].iter().any(|name| path.join(name).exists());
+            let known = [CONFIG, MODEL, INDEX, peft::CONFIG].iter().any(|name| path.join(name).exists());
             ensure!(
                 known || is_empty(&path),
-                "--out {place}: is there already, and is no model's folder: not replaced"
+                "--out {place}: is there already, and is no model's or adapter's folder: not replaced"
             );
         }
         let lock = claim(&partial).with_context(|| format!("--out {place}: cannot be written"))?;
