@@ -3,8 +3,8 @@
 // offset = mean of all absmax. Blocks of 256 absmax, less the offset, are divided by their largest magnitude and take the
 // index of the nearest value of `map`. The mean's sum is f64 in a fixed order, so that its bits depend on the values alone:
 // lane j of 65536 adds values j, j + 65536, ... in turn; then neighbouring lanes are added until one is left.
+#include "dynamic_map.cuh"
 #include "dtype.cuh"
-#include "encode.cuh"
 
 struct Params {
     const float* absmax;  // [count]
@@ -44,16 +44,6 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) absmax_quantize_sum(co
     if (lane == 0) p.sums[blockIdx.x] = sum;
 }
 
-// The index of the map's value that is nearest to x; halfway between two of them, the even one.
-__device__ __forceinline__ uint32_t nearest(const float* map, float x) {
-    uint32_t below = 0;  // the last index but 255 whose value is below x, or 0
-#pragma unroll
-    for (uint32_t step = 128; step > 0; step /= 2)
-        if (below + step < 255 && map[below + step] < x) below += step;
-    const float middle = __fmul_rn(__fadd_rn(map[below], map[below + 1]), 0.5f);
-    return below + (x > middle || (x == middle && below % 2 == 1));
-}
-
 // A warp takes one nested block, eight absmax per lane.
 extern "C" __global__ void __launch_bounds__(kThreads) absmax_quantize_encode(const __grid_constant__ Params p) {
     __shared__ float map[256];
@@ -79,17 +69,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) absmax_quantize_encode(co
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = i < count ? __fsub_rn(x[i], offset) : 0.0f;
 
-    const float nested = stored_absmax(largest_of_lanes(magnitude(x), 32));
+    uint32_t q[2];
+    const float nested = encode_dynamic(map, x, q);
     if (lane == 0) p.nested[block] = nested;
-    if (nested > 0.0f) {
-        normalize(nested, x);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], 0.0f);  // zeros, but NaN stays
-    }
-    uint32_t q[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[i / 4] |= nearest(map, x[i]) << (i % 4 * 8);
     if (count == 8 && (reinterpret_cast<uint64_t>(p.q) & 7) == 0) {
         *reinterpret_cast<uint2*>(p.q + first) = make_uint2(q[0], q[1]);
         return;

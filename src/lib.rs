@@ -58,6 +58,9 @@
 //! | `dY W + u A`, the gradient of x | [`cpu::matmul_transposed()`] | [`cuda::matmul_transposed`] |
 //! | `u = s dY B`, an adapter per token | [`cpu::lora_shrink_transposed()`] | [`cuda::lora_shrink::plan_transposed`] |
 //! | `dA = uᵀ x` and `dB = dYᵀ v`, per adapter | [`cpu::lora_gradient()`] | [`cuda::lora_gradient`] |
+//! | DoRA's part of the gradient | [`cpu::dora_gradient()`] | [`cuda::dora_gradient`] |
+//! | AdaLoRA's parts: `A ⊙ E`, dE, importance | [`cpu::adalora_fold()`], [`cpu::adalora_gradient()`], [`cpu::importance()`] | [`cuda::adalora`] |
+//! | AdamW, and the norm of all gradients | [`cpu::adamw()`], [`cpu::gradient_norm()`] | [`cuda::adamw`] |
 //! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
 //! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |
 //! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |

@@ -676,7 +676,7 @@ fn a_layout_is_a_file() {
     };
     for min_header in [0, 500] {
         let layout = Layout::new(tensors(), min_header).unwrap();
-        assert!(layout.header().len() >= min_header && layout.header().len() % 8 == 0);
+        assert!(layout.header().len() >= min_header && layout.header().len().is_multiple_of(8));
         let mut file = vec![0; layout.len() as usize];
         file[..layout.header().len()].copy_from_slice(layout.header());
         for (i, (name, ..)) in tensors().iter().enumerate() {

@@ -5,9 +5,12 @@
 //! stream, or anything else that executes the same PTX.
 
 pub mod absmax_quantize;
+pub mod adalora;
+pub mod adamw;
 mod adapter_table;
 mod check;
 mod deltas;
+pub mod dora_gradient;
 pub mod dora_scale;
 #[cfg(feature = "cuda")]
 mod driver;
@@ -43,6 +46,9 @@ pub use view::{MemoryId, View, ViewMut};
 /// The tables of all operations: one line each.
 const KERNELS: &[&[Kernel]] = &[
     absmax_quantize::KERNELS,
+    adalora::KERNELS,
+    adamw::KERNELS,
+    dora_gradient::KERNELS,
     dora_scale::KERNELS,
     expert_index::KERNELS,
     lora_expand::KERNELS,
