@@ -29,6 +29,7 @@ pub mod nf4_dequantize;
 pub mod nf4_merge;
 pub mod nf4_quantize;
 mod queue;
+pub mod raw;
 mod tensor_map;
 mod view;
 
