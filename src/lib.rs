@@ -69,6 +69,8 @@
 //!
 //! GPU calls have three steps: a plan that depends on shapes alone and says which kernel will run, the caller's buffers as views, and a launch on
 //! the caller's queue. They allocate nothing, never wait, and refuse what does not fit before anything is launched.
+//! Engines that have addresses and no views call [`cuda::raw`], from C or Python by way of `integrations/c`; those on candle have layers in
+//! `integrations/candle`.
 //! The crate builds and starts without CUDA; the driver is looked for when a `cuda::CudaQueue` is made.
 //!
 //! # What may be relied on
