@@ -19,10 +19,11 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--rewrite", required=True, type=pathlib.Path, help="the built example")
+parser.add_argument("--command", required=True, type=pathlib.Path, help="the built command")
 parser.add_argument("--work", required=True, type=pathlib.Path, help="a folder for what is made here")
 parser.add_argument("--result", type=pathlib.Path, help="where to write the table")
 args = parser.parse_args()
@@ -300,6 +301,153 @@ def check_fresh_adapters(base):
     check_adapter("made and loaded by PEFT", "shortest configuration", base, folder)
 
 
+# Whole models, by the command
+
+
+def command(*arguments, out):
+    """Runs the command; its output is a folder of that name."""
+    target = WORK / "models" / out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([args.command, *map(str, arguments), "--out", target, "--force"], capture_output=True, text=True)
+    check(done.returncode == 0, done.stderr)
+    return target
+
+
+INPUT_IDS = torch.arange(20).reshape(2, 10)
+
+
+def in_bf16(name):
+    """A stored model, its weights in bf16."""
+    folder = WORK / "in" / f"{name}-bf16"
+    model = AutoModelForCausalLM.from_pretrained(DATA / "peft" / name / "base", dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def fp4_ties(source, ours, theirs):
+    """Counts elements with other values. bitsandbytes' CPU code has other FP4 thresholds than its CUDA kernel, whose literals have six
+    digits and which we follow: only elements that lie between the two may differ."""
+    dense, theirs, count = dict(load_model(source).named_parameters()), dict(theirs.named_parameters()), 0
+    for name, p in ours.named_parameters():
+        if isinstance(p, bnb.nn.Params4bit):
+            x, a, b = dense[name].data.float(), decode(p, torch.float32), decode(theirs[name], torch.float32)
+            absmax = x.view(-1, 64).abs().amax(1, keepdim=True).expand(-1, 64).reshape(x.shape)
+            other = a != b
+            count += other.sum().item()
+            check((((a + b) / 2 - x).abs() <= 1e-6 * absmax)[other].all(), f"{name} differs")
+        else:
+            check(same_bits(p.data, theirs[name].data), f"{name} differs")
+    return count
+
+
+def check_quantize():
+    for name in ["llama", "llama_bias"]:
+        source = in_bf16(name)
+        for quant_type in ["nf4", "fp4"]:
+            with case("quantize", f"{name}, {quant_type}") as note:
+                config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.bfloat16)
+                theirs = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu", dtype="auto")
+                for module in theirs.modules():
+                    if isinstance(module, bnb.nn.Linear4bit):
+                        module.support_avx512bf16_for_cpu = False
+                ours = load_model(command("quantize", source, "--quant-type", quant_type, out=f"{name}-{quant_type}"))
+                check(len(in_4_bits(ours)) == 14, f"{len(in_4_bits(ours))} weights in 4 bits")
+                if quant_type == "fp4":
+                    note(f"the weights that transformers quantises by itself but for {fp4_ties(source, ours, theirs)} on thresholds")
+                else:
+                    check_same(weights(ours), weights(theirs.eval()))
+                    check(same_bits(logits(ours, INPUT_IDS), logits(theirs, INPUT_IDS)), "the logits differ")
+                    note("the weights that transformers quantises by itself, their bits and the logits")
+            for storage in STORAGE:
+                with case("quantize, dequantize", f"{name}, {quant_type}, nested, {storage}") as note:
+                    four = command("quantize", source, "--quant-type", quant_type, "--double-quant", "--storage", storage, out=f"{name}-{quant_type}-{storage}")
+                    dense = command("dequantize", four, "--dtype", "f32", out="dense")
+                    ours, decoded = load_model(four), load_model(dense)
+                    a, b = weights(ours), weights(decoded)
+                    fours = [n for n, p in ours.named_parameters() if isinstance(p, bnb.nn.Params4bit)]
+                    for weight in fours:
+                        exact = decode(dict(ours.named_parameters())[weight], torch.float32)
+                        check(same_bits(exact, b[weight]), f"{weight} decodes to other bits")
+                    check(len(fours) == 14 and a.keys() == b.keys(), "other parameters")
+                    note("14 weights decode to the bits that we decode")
+        with case("quantize", f"{name}, some modules skipped") as note:
+            ours = load_model(command("quantize", source, "--skip", "v_proj", "--skip", "model.layers.1.mlp", out="skipped"))
+            kept = [n for n, p in ours.named_parameters() if not isinstance(p, bnb.nn.Params4bit) and n.endswith("_proj.weight")]
+            check(len(in_4_bits(ours)) == 9 and len(kept) == 5, f"{len(in_4_bits(ours))} weights in 4 bits, {kept} kept")
+            note("9 of 14 weights in 4 bits, as llm_int8_skip_modules says")
+
+
+def factors(layer):
+    """|B| |A| times the scaling, of the adapted weight's shape, and the rank."""
+    with torch.no_grad():
+        if "default" in getattr(layer, "lora_embedding_A", {}):
+            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+            return (b.abs() @ a.abs()).T * layer.scaling["default"], a.shape[0]
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        a, b = getattr(a, "weight", a), getattr(b, "weight", b)
+        scaling = layer.scaling["default"]
+        if hasattr(layer, "lora_E"):
+            a, scaling = a * layer.lora_E["default"], scaling / (layer.ranknum["default"] + 1e-5)
+        product = b.abs() @ a.abs() * scaling
+        return product.T if layer.fan_in_fan_out else product, a.shape[0]
+
+
+def check_merge(base, name, folder):
+    with case("merge", name) as note:
+        source = DATA / "peft" / name.split("/")[0] / "base"
+        ours = load_model(command("merge", source, folder, out="merged"))
+        theirs = load_adapter(base, folder)
+        adapted = logits(theirs, INPUT_IDS)
+        # f32 sums of rank terms, the base and (of DoRA) the squares of a row, there and here.
+        bounds = {}
+        for module, layer in theirs.base_model.model.named_modules():
+            if hasattr(layer, "lora_A") and (layer.lora_A or getattr(layer, "lora_embedding_A", {})):
+                product, rank = factors(layer)
+                weight = layer.get_base_layer().weight.data.abs()
+                growth = 1.0
+                if getattr(layer, "use_dora", {}).get("default"):
+                    magnitude = layer.lora_magnitude_vector["default"].weight.data
+                    merged = copy.deepcopy(layer)
+                    merged.merge()
+                    growth = (merged.get_base_layer().weight.data.abs() / (layer.get_base_layer().weight.data + layer.get_delta_weight("default")).abs()).nan_to_num(1.0).max().item()
+                    check(magnitude.isfinite().all(), "a magnitude that is not finite")
+                terms = rank + 4 + (max(weight.shape) if growth != 1.0 else 0)
+                bounds[f"{module}.weight"] = 2 * terms * 2**-24 * growth * (weight + product)
+        merged = dict(theirs.merge_and_unload().named_parameters())
+        got = dict(ours.named_parameters())
+        check(got.keys() == merged.keys(), f"other parameters: {got.keys() ^ merged.keys()}")
+        worst = 0.0
+        for key, wanted in merged.items():
+            off = (got[key].data - wanted.data).abs()
+            if key in bounds:
+                check((off <= bounds[key]).all(), f"{key} is off by {off.max():.2g}")
+                worst = max(worst, off.max().item())
+            elif key.endswith(".bias"):
+                check((off <= 2**-23 * wanted.data.abs()).all(), f"{key} is off by {off.max():.2g}")
+            else:
+                check(same_bits(got[key].data, wanted.data), f"{key} differs")
+        off = (logits(ours, INPUT_IDS) - adapted).abs().max().item()
+        check(off < 1e-4, f"logits are {off:.2g} off those of the unmerged adapter")
+        note(f"{len(bounds)} weights within {worst:.2g} of PEFT's; logits {off:.2g} off those of the unmerged adapter")
+
+
+def check_merge_four_bits():
+    folder = DATA / "peft/llama/lora_r8a16"
+    for options in [[], ["--scale", "least-error", "--rounding", "keep-gain"]]:
+        with case("merge in 4 bits", " ".join(options) or "as PEFT does") as note:
+            four = command("quantize", DATA / "peft/llama/base", "--double-quant", out="four")
+            undo = WORK / "models/undo"
+            merged = command("merge", four, folder, "--undo", undo, *options, out="four-merged")
+            ours, decoded = load_model(merged), load_model(command("dequantize", merged, out="four-decoded"))
+            check_same(weights(ours), weights(decoded))
+            off = (logits(ours, INPUT_IDS) - logits(decoded, INPUT_IDS)).abs().max().item()
+            # The same products of the same f32 weights: only the order of a sum may differ.
+            check(off < 1e-5, f"logits are {off:.2g} off those of the decoded model")
+            again = command("unmerge", merged, folder, "--undo", undo, out="four-again")
+            check_same(load_file(again / "model.safetensors"), load_file(four / "model.safetensors"))
+            note(f"14 weights decode to our bits; logits {off:.2g} off those of the decoded model; unmerged to the bit")
+
+
 def main():
     shutil.rmtree(WORK, ignore_errors=True)
     check_hf_folders()
@@ -308,6 +456,11 @@ def main():
     bases = {name: load_model(DATA / "peft" / name / "base") for name in ["llama", "llama_bias", "gpt2"]}
     check_stored_adapters(bases)
     check_fresh_adapters(bases["llama_bias"])
+    check_quantize()
+    for folder in sorted((DATA / "peft").glob("*/*/adapter_config.json")):
+        model, name = folder.parts[-3], folder.parts[-2]
+        check_merge(bases[model], f"{model}/{name}", folder.parent)
+    check_merge_four_bits()
     failed = sum(outcome == "FAILED" for _, _, outcome, _ in rows)
     summary = f"{len(rows) - failed} passed, {failed} failed"
     print(summary)
