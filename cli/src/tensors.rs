@@ -216,6 +216,12 @@ impl Sidecar {
         self.get(key, "an array of strings", texts)
     }
 
+    /// The booleans at `key`.
+    pub fn flags(&self, key: &str) -> Result<Vec<bool>> {
+        let flags = |v: &Value| v.as_array()?.iter().map(Value::as_bool).collect();
+        self.get(key, "an array of true and false", flags)
+    }
+
     /// The boolean at `key`.
     pub fn flag(&self, key: &str) -> Result<bool> {
         self.get(key, "true or false", Value::as_bool)

@@ -10,6 +10,7 @@
 //! data are themselves the output of f32 or bf16 code, its bound and ours add up. No constant was fitted to a measured error.
 
 use lora_kernels::DType;
+use lora_kernels::cpu::AdamW;
 
 use super::engine::Slack;
 use super::truth::{Merged, Output, Scale};
@@ -25,7 +26,7 @@ pub fn accumulation(n: usize) -> f64 {
 }
 
 /// `error`, and then one rounding of `value` to `dtype`.
-fn rounded(dtype: DType, value: f64, error: f64) -> f64 {
+pub fn rounded(dtype: DType, value: f64, error: f64) -> f64 {
     let smallest_step = match dtype {
         DType::F16 => 2f64.powi(-25),
         DType::F32 | DType::BF16 => 2f64.powi(-134),
@@ -36,7 +37,7 @@ fn rounded(dtype: DType, value: f64, error: f64) -> f64 {
 /// The relative error of DoRA's factor `m / ||V||`, `V = W + s B A`, in f32. Every element of `V` takes the sum of `rank`
 /// products, a scaling and an addition: relative to `||V||` that is the row's condition times its error. The norm is a sum
 /// of `k` squares (half of its relative error after the root), a root and a division.
-fn scale_error(s: &Scale) -> f64 {
+pub fn scale_error(s: &Scale) -> f64 {
     if s.rank == 0 && s.k == 0 {
         return 0.0;
     }
@@ -71,6 +72,23 @@ fn forward_f32(t: &Output) -> f64 {
 pub fn forward(dtype: DType, slack: Slack, t: &Output) -> f64 {
     let operands = t.scale.value.abs() * (slack.weight * t.base_size + slack.low_rank * t.shrunk_size);
     rounded(dtype, t.y, forward_f32(t) + operands * (1.0 + dtype.unit_roundoff()))
+}
+
+/// One element of AdamW's step number `step` in f64, from `[p, g, m, v]`: the new `[p, m, v]`, each with what f32 may be off by.
+///
+/// `m` has five roundings (of each factor, each product and the sum), `v` six. The quotient inherits that of `m` and half of that
+/// of `v`; on the way there are a root, two quotients, the correction, epsilon and its sum; then the step's size and its product.
+/// The decay, its product and the difference come last. A ten-thousandth stands for higher orders.
+pub fn adamw(adamw: &AdamW, lr: f64, step: u64, [p, g, m, v]: [f64; 4]) -> [(f64, f64); 3] {
+    let (u, tiny, t) = (U * 1.0001, 2f64.powi(-140), step as i32);
+    let (old, new) = (adamw.beta1 * m, (1.0 - adamw.beta1) * g);
+    let (m, m_error) = (old + new, 5.0 * u * (old.abs() + new.abs()));
+    let v = adamw.beta2 * v + (1.0 - adamw.beta2) * g * g;
+    let denominator = (v / (1.0 - adamw.beta2.powi(t))).sqrt() + adamw.epsilon;
+    let step_size = lr / (1.0 - adamw.beta1.powi(t));
+    let (kept, moved) = ((1.0 - lr * adamw.weight_decay) * p, step_size * m / denominator);
+    let p_error = 3.0 * u * kept.abs() + step_size * m_error / denominator + 13.0 * u * moved.abs();
+    [(kept - moved, p_error + tiny), (m, m_error + tiny), (v, 6.0 * u * v + tiny)]
 }
 
 /// How PEFT holds an adapter's factors.

@@ -1,11 +1,13 @@
 //! The CPU reference as an [`Engine`].
 
 use half::{bf16, f16};
-use lora_kernels::cpu::{self, Accumulate, MatmulExtras, Update};
+use lora_kernels::adapter::Adapter;
+use lora_kernels::cpu::{self, Accumulate, AdamWStep, ImportanceMut, MatmulExtras, MomentsMut, Update};
 use lora_kernels::nf4::{self, Codebook, NestedAbsmax, Nf4Matrix};
+use lora_kernels::train::{Gradient, Layer};
 use lora_kernels::{DType, Element, Result, Tensor};
 
-use super::engine::{Direction, Engine, Extras, LowRank, Weight};
+use super::engine::{Direction, Engine, Extras, Gradients, LowRank, Weight};
 use super::layer::decoded;
 
 /// The CPU reference, with f32 sums.
@@ -110,6 +112,59 @@ impl Engine for Cpu {
         };
         self.like(weight, packed, absmax)
     }
+
+    fn gradients(&self, weight: Weight<'_>, adapter: &Adapter, x: &Tensor, dy: &Tensor) -> Result<Gradients> {
+        typed!(x.dtype(), T => gradients::<T>(weight, adapter, x, dy))
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamWStep,
+        p: &[f32],
+        gradient: &[f32],
+        moments: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 3]> {
+        let [mut p, mut m, mut v] = [p, moments[0], moments[1]].map(<[f32]>::to_vec);
+        cpu::adamw(step, 1.0, &mut p, gradient, MomentsMut::F32 { m: &mut m, v: &mut v })?;
+        Ok([p, m, v])
+    }
+
+    fn importance(
+        &self,
+        p: &[f32],
+        gradient: &[f32],
+        betas: [f64; 2],
+        state: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 2]> {
+        let [mut sensitivity, mut uncertainty] = state.map(<[f32]>::to_vec);
+        let smoothed = ImportanceMut { sensitivity: &mut sensitivity, uncertainty: &mut uncertainty };
+        cpu::importance(p, gradient, betas, smoothed)?;
+        Ok([sensitivity, uncertainty])
+    }
+}
+
+fn gradients<T: Element>(
+    weight: Weight<'_>,
+    adapter: &Adapter,
+    x: &Tensor,
+    dy: &Tensor,
+) -> Result<Gradients> {
+    let layer = match weight {
+        Weight::Dense(weight) => Layer::new(weight, None)?,
+        Weight::Nf4(weight) => Layer::new(weight, None)?,
+    };
+    let (m, mut dx) = (x.shape()[0], vec![T::from_f32(0.0); x.numel()]);
+    let forward = layer.forward(adapter, elements::<T>(x), m, None)?;
+    let mut gradient = Gradient::zeros(adapter);
+    layer.backward(adapter, [elements(x), elements(dy)], &forward, &mut gradient, Some(&mut dx))?;
+    let mut all = vec![("dX", dx.iter().map(|dx| dx.to_f64()).collect())];
+    for (name, part) in
+        [("dA", "lora_A"), ("dB", "lora_B"), ("dE", "lora_E"), ("dm", "lora_magnitude_vector")]
+    {
+        let values = gradient.get(part).map(|part| part.iter().map(|g| f64::from(*g)).collect());
+        all.extend(values.map(|values| (name, values)));
+    }
+    Ok(Gradients(all))
 }
 
 /// Room for the codes and scales of `numel` elements. A wrong block size is left for the operation to refuse.

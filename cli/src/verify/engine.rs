@@ -1,5 +1,7 @@
 //! The operations that the checks ask for, over host data, so that every device answers the same questions.
 
+use lora_kernels::adapter::Adapter;
+use lora_kernels::cpu::AdamWStep;
 use lora_kernels::nf4::{Absmax, NestedAbsmax, Nf4Matrix};
 use lora_kernels::{DType, Error, Result, Tensor};
 
@@ -54,6 +56,17 @@ pub struct Slack {
     pub low_rank: f64,
 }
 
+/// The gradients of one adapted layer, by the reference data's names: `dX`, `dA`, `dB`, `dm` of DoRA, `dE` of AdaLoRA.
+#[derive(Default)]
+pub struct Gradients(pub Vec<(&'static str, Vec<f64>)>);
+
+impl Gradients {
+    /// One of them.
+    pub fn get(&self, name: &str) -> Option<&[f64]> {
+        self.0.iter().find(|(n, _)| *n == name).map(|(_, values)| values.as_slice())
+    }
+}
+
 /// A device. An operation that it lacks is an [`Error::Unsupported`].
 pub trait Engine {
     /// What runs, for the user.
@@ -103,6 +116,36 @@ pub trait Engine {
         lora: &LowRank,
         row_scale: Option<&[f32]>,
     ) -> Result<Nf4Matrix>;
+
+    /// The gradients of a layer, from `x` `[m, k]` and the gradient `dy` `[m, n]` of its outputs, both of one type.
+    fn gradients(&self, weight: Weight<'_>, adapter: &Adapter, x: &Tensor, dy: &Tensor) -> Result<Gradients> {
+        let _ = (weight, adapter, x, dy);
+        Err(Error::unsupported(self.name(), "the gradient of a layer"))
+    }
+
+    /// AdamW: the new parameter, first and second moment.
+    fn adamw(
+        &self,
+        step: &AdamWStep,
+        p: &[f32],
+        gradient: &[f32],
+        moments: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 3]> {
+        let _ = (step, p, gradient, moments);
+        Err(Error::unsupported(self.name(), "AdamW"))
+    }
+
+    /// AdaLoRA's importance: the new sensitivity and uncertainty.
+    fn importance(
+        &self,
+        p: &[f32],
+        gradient: &[f32],
+        betas: [f64; 2],
+        state: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 2]> {
+        let _ = (p, gradient, betas, state);
+        Err(Error::unsupported(self.name(), "AdaLoRA's importance"))
+    }
 
     /// A matrix like `weight`, with other codes and scales; these are quantised where those of `weight` are.
     fn like(&self, weight: &Nf4Matrix, packed: Vec<u8>, absmax: Vec<f32>) -> Result<Nf4Matrix> {

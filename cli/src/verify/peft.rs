@@ -13,7 +13,7 @@ use super::layer::{Frozen, Layer, cast, from_f64, transposed};
 use super::model::{How, Model};
 use super::report::Case;
 use super::truth::{self, Merged, transpose};
-use super::{Family, bounds, multi_merge, outputs};
+use super::{Family, adalora_trace, bounds, multi_merge, outputs};
 use crate::tensors::{Sidecar, Stored, TensorFile};
 
 /// Checks the family.
@@ -23,8 +23,7 @@ pub fn check(family: &mut Family) {
     }
     for model in family.folders("") {
         for pair in family.pairs(&model, |_| true) {
-            let reason = "rank allocation while training is not part of this version";
-            family.report.skip(&pair.label, reason);
+            adalora_trace::check(family, &pair);
         }
         let base = TensorFile::open(&family.at(&format!("{model}/base/model.safetensors")));
         let Some(base) = family.need(&family.label(&format!("{model}/base")), base) else { continue };

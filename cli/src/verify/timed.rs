@@ -3,10 +3,12 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use lora_kernels::adapter::Adapter;
+use lora_kernels::cpu::AdamWStep;
 use lora_kernels::nf4::{NestedAbsmax, Nf4Matrix};
 use lora_kernels::{DType, Result, Tensor};
 
-use super::engine::{Direction, Engine, Extras, LowRank, Slack, Weight};
+use super::engine::{Direction, Engine, Extras, Gradients, LowRank, Slack, Weight};
 
 /// An engine that adds up the time of its operations, with the copies to and from the device.
 pub struct Timed<'a> {
@@ -85,5 +87,29 @@ impl Engine for Timed<'_> {
         row_scale: Option<&[f32]>,
     ) -> Result<Nf4Matrix> {
         self.time(|e| e.nf4_merge(direction, weight, lora, row_scale))
+    }
+
+    fn gradients(&self, weight: Weight<'_>, adapter: &Adapter, x: &Tensor, dy: &Tensor) -> Result<Gradients> {
+        self.time(|e| e.gradients(weight, adapter, x, dy))
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamWStep,
+        p: &[f32],
+        gradient: &[f32],
+        moments: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 3]> {
+        self.time(|e| e.adamw(step, p, gradient, moments))
+    }
+
+    fn importance(
+        &self,
+        p: &[f32],
+        gradient: &[f32],
+        betas: [f64; 2],
+        state: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 2]> {
+        self.time(|e| e.importance(p, gradient, betas, state))
     }
 }

@@ -1,0 +1,47 @@
+"""Makes examples/data/minilm_lora with real PEFT: an adapter for one layer of all-MiniLM-L6-v2, after a few steps of training.
+
+    python examples/data/make.py        (with torch, peft and safetensors)
+"""
+
+import pathlib
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def minilm(weight, bias):
+    """A model that has only this layer, under the name that it has in all-MiniLM-L6-v2."""
+    model = torch.nn.Module()
+    module = model
+    for name in ["encoder", "layer", "0", "attention", "self"]:
+        inner = torch.nn.Module()
+        module.add_module(name, inner)
+        module = inner
+    module.query = torch.nn.Linear(*reversed(weight.shape))
+    module.query.weight.data, module.query.bias.data = weight.clone(), bias.clone()
+    model.forward = lambda x: module.query(x)
+    return model
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = load_file(ROOT / "tests/data/real_minilm/w0.safetensors")
+    scales, codes = data["absmax"], data["packed"].flatten()
+    table = load_file(ROOT / "tests/data/nf4_blockwise/codebooks.safetensors")["nf4_code"]
+    nf4 = table[torch.stack([codes >> 4, codes & 15], 1).long().flatten()].view(-1, 64) * scales[:, None]
+    target = data["x"] @ data["weight"].T + data["bias"]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["query"])
+    model = get_peft_model(minilm(nf4.view(data["weight"].shape), data["bias"]), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(20):
+        loss = torch.nn.functional.mse_loss(model(data["x"]), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(ROOT / "examples/data/minilm_lora")
+    (ROOT / "examples/data/minilm_lora/README.md").unlink(missing_ok=True)
+    print(f"loss {loss.item():.3e}")
