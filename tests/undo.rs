@@ -194,7 +194,7 @@ fn refs(adapters: &[Adapter]) -> Vec<&Adapter> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     /// Merges that follow one another come back one after the other, to the bit; in another order, or with other adapters,
     /// they are refused.

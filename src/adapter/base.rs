@@ -57,15 +57,9 @@ impl Base<'_> {
             (Base::Dense(tensor), _) => {
                 each_dtype!(tensor.data(), v => Element::widen(&v[start..start + out.len()], out))
             }
-            (Base::Nf4(nf4), DType::F32) => decode::<f32>(nf4, start, out),
-            (Base::Nf4(nf4), DType::F16) => decode::<f16>(nf4, start, out),
-            (Base::Nf4(nf4), DType::BF16) => decode::<bf16>(nf4, start, out),
+            (Base::Nf4(nf4), DType::F32) => nf4.decode_widened::<f32>(start, out),
+            (Base::Nf4(nf4), DType::F16) => nf4.decode_widened::<f16>(start, out),
+            (Base::Nf4(nf4), DType::BF16) => nf4.decode_widened::<bf16>(start, out),
         }
     }
-}
-
-fn decode<T: Element>(nf4: &Nf4Matrix, start: usize, out: &mut [f32]) {
-    let mut elements = vec![T::from_f32(0.0); out.len()];
-    nf4.decode(start, &mut elements).expect("elements of the matrix");
-    T::widen(&elements, out);
 }

@@ -162,9 +162,21 @@ struct RowScale {
     excess: Vec<f32>,
 }
 
-/// Whole rows of a weight on their way, in f32.
+/// Which way to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Merge,
+    Unmerge,
+}
+
+/// Elements of a run: a multiple of every block size.
+pub(super) const RUN: usize = 1 << 12;
+
+/// Elements of a weight on their way, in f32.
 #[derive(Default)]
 pub(super) struct Panel {
+    /// `B' A'` of whole rows, of which the rest is a run.
+    product: Vec<f32>,
     /// As they are read.
     pub weight: Vec<f32>,
     /// In a merge, the wanted delta; in an unmerge, `B' A'`.
@@ -197,39 +209,50 @@ impl<'a> Change<'a> {
         (self.update.panel_rows(step) * columns).max(blocksize)
     }
 
-    /// Reads and merges `len` elements, of whole rows from element `start` on.
-    pub(super) fn merge_panel(&self, start: usize, len: usize, panel: &mut Panel) {
-        self.read(start, len, panel);
-        let Panel { weight, delta, sum } = panel;
-        self.apply(start, weight, delta, sum);
-        if let Some(RowScale { excess, .. }) = &self.row_scale {
-            self.scale(start, excess, delta, |i, d, excess| d + weight[i] * excess);
+    /// Reads `len` elements of whole rows from element `start` on, merges or unmerges them, and hands them to `each` in runs of
+    /// `run` elements, with where each begins. Short runs stay in the nearest cache from one step to the next.
+    pub(super) fn runs(
+        &self,
+        direction: Direction,
+        [start, len, run]: [usize; 3],
+        panel: &mut Panel,
+        mut each: impl FnMut(usize, &mut Panel) -> Result<()>,
+    ) -> Result<()> {
+        panel.product.resize(len, 0.0);
+        self.sides.product(start / self.update.shape()[1].max(1), &mut panel.product);
+        for at in (0..len).step_by(run) {
+            let (first, n) = (start + at, run.min(len - at));
+            let Panel { product, weight, delta, sum } = panel;
+            weight.resize(n, 0.0);
+            sum.resize(n, 0.0);
+            delta.clear();
+            delta.extend_from_slice(&product[at..at + n]);
+            self.weight.read(self.weight.dtype(), first, weight);
+            match direction {
+                Direction::Merge => {
+                    self.apply(first, weight, delta, sum);
+                    if let Some(RowScale { excess, .. }) = &self.row_scale {
+                        self.scale(first, excess, delta, |i, d, excess| d + weight[i] * excess);
+                    }
+                }
+                Direction::Unmerge => {
+                    sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = *w - *d);
+                    if let Some(RowScale { factor, .. }) = &self.row_scale {
+                        self.scale(first, factor, sum, |_, w, factor| w / factor);
+                    }
+                }
+            }
+            each(first, panel)?;
         }
+        Ok(())
     }
 
-    /// Reads and unmerges `len` elements, of whole rows from element `start` on.
-    pub(super) fn unmerge_panel(&self, start: usize, len: usize, panel: &mut Panel) {
-        self.read(start, len, panel);
-        let Panel { weight, delta, sum } = panel;
-        sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = *w - *d);
-        if let Some(RowScale { factor, .. }) = &self.row_scale {
-            self.scale(start, factor, sum, |_, w, factor| w / factor);
-        }
-    }
-
-    /// The weight and `B' A'` of whole rows.
-    fn read(&self, start: usize, len: usize, Panel { weight, delta, sum }: &mut Panel) {
-        for values in [&mut *weight, &mut *delta, sum] {
-            values.resize(len, 0.0);
-        }
-        self.weight.read(self.weight.dtype(), start, weight);
-        self.sides.product(start / self.update.shape()[1].max(1), delta);
-    }
-
-    /// `row_scale ⊙ W + B' A'` of whole rows.
+    /// `row_scale ⊙ W + B' A'`, of elements from `start` on.
     fn apply(&self, start: usize, weight: &[f32], delta: &[f32], sum: &mut [f32]) {
         match &self.row_scale {
-            None => sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = w + d),
+            None => {
+                vectorised(|| sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = w + d))
+            }
             Some(RowScale { factor, .. }) => {
                 sum.copy_from_slice(weight);
                 self.scale(start, factor, sum, |i, w, factor| w * factor + delta[i]);
@@ -237,37 +260,49 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// Makes each element of whole rows what `change` makes of its index, itself and its output's factor.
+    /// Makes each element from `start` on what `change` makes of its index, itself and its output's factor.
     fn scale(
         &self,
         start: usize,
         factor: &[f32],
-        panel: &mut [f32],
+        elements: &mut [f32],
         change: impl Fn(usize, f32, f32) -> f32,
     ) {
-        let columns = self.update.shape()[1].max(1);
-        for (i, row) in panel.chunks_mut(columns).enumerate() {
-            let elements = row.iter_mut().enumerate();
-            match self.update.fan_in_fan_out {
-                true => elements.for_each(|(j, v)| *v = change(i * columns + j, *v, factor[j])),
-                false => {
-                    let factor = factor[start / columns + i];
-                    elements.for_each(|(j, v)| *v = change(i * columns + j, *v, factor));
-                }
+        let columns = self.update.shape()[1];
+        let mut at = 0;
+        while at < elements.len() {
+            let (row, column) = ((start + at) / columns, (start + at) % columns);
+            let end = elements.len().min(at + columns - column);
+            for (i, v) in (at..end).zip(&mut elements[at..end]) {
+                let output = if self.update.fan_in_fan_out { column + i - at } else { row };
+                *v = change(i, *v, factor[output]);
             }
+            at = end;
         }
     }
 
     fn merge_dense<T: Element>(&self) -> Result<Merged<Tensor>> {
         let (weight, reports) = self.dense::<T, _>(|start, out, panel, before| {
-            self.merge_panel(start, out.len(), panel);
-            T::round(&panel.sum, out);
-            T::widen(out, &mut panel.sum);
-            self.check_finite(start, &panel.sum, T::DTYPE)?;
-            before.resize(out.len(), T::from_bits(0));
-            T::round(&panel.weight, before);
-            let mut report = panel.report();
-            count_changes(before, out, &mut report);
+            let mut report = MergeReport::default();
+            self.runs(Direction::Merge, [start, out.len(), RUN], panel, |first, panel| {
+                let out = &mut out[first - start..][..panel.sum.len()];
+                let same = match self.weight {
+                    Base::Dense(tensor) => tensor.as_slice().map(|all| &all[first..first + out.len()]),
+                    Base::Nf4(_) => None,
+                };
+                let before = same.unwrap_or_else(|| {
+                    before.resize(out.len(), T::from_bits(0));
+                    T::round(&panel.weight, before);
+                    before
+                });
+                vectorised(|| {
+                    T::round(&panel.sum, out);
+                    T::widen(out, &mut panel.sum);
+                    report += panel.report();
+                    count_changes(before, out, &mut report);
+                });
+                self.check_finite(first, &panel.sum, T::DTYPE)
+            })?;
             Ok(report)
         })?;
         Ok(Merged { weight, report: reports.into_iter().sum() })
@@ -275,11 +310,16 @@ impl<'a> Change<'a> {
 
     fn unmerge_dense<T: Element>(&self) -> Result<Unmerged<Tensor>> {
         let (weight, undetermined) = self.dense::<T, _>(|start, out, panel, neighbours| {
-            self.unmerge_panel(start, out.len(), panel);
-            T::round(&panel.sum, out);
-            T::widen(out, &mut panel.sum);
-            self.check_finite(start, &panel.sum, T::DTYPE)?;
-            Ok(self.undetermined(start, out, panel, neighbours))
+            let mut undetermined = 0;
+            self.runs(Direction::Unmerge, [start, out.len(), RUN], panel, |first, panel| {
+                let out = &mut out[first - start..][..panel.sum.len()];
+                T::round(&panel.sum, out);
+                T::widen(out, &mut panel.sum);
+                self.check_finite(first, &panel.sum, T::DTYPE)?;
+                undetermined += self.undetermined(first, out, panel, neighbours);
+                Ok(())
+            })?;
+            Ok(undetermined)
         })?;
         Ok(Unmerged { weight, undetermined: undetermined.into_iter().sum() })
     }
@@ -289,7 +329,7 @@ impl<'a> Change<'a> {
         &self,
         start: usize,
         unmerged: &[T],
-        Panel { weight, delta, sum }: &mut Panel,
+        Panel { weight, delta, sum, .. }: &mut Panel,
         neighbours: &mut Vec<T>,
     ) -> u64 {
         let Base::Dense(merged) = self.weight else { return unmerged.len() as u64 };
@@ -328,7 +368,7 @@ impl<'a> Change<'a> {
 
     /// Refuses infinities and NaN in the elements from `start` on, which are to be stored as `dtype`.
     pub(super) fn check_finite(&self, start: usize, values: &[f32], dtype: DType) -> Result<()> {
-        let Some(i) = not_finite(values) else { return Ok(()) };
+        let Some(i) = vectorised(|| not_finite(values)) else { return Ok(()) };
         let (columns, element) = (self.update.shape()[1], start + i);
         let place = format!("{}[{}, {}], adapted", self.argument, element / columns, element % columns);
         Err(Error::argument(place, format!("a finite {dtype}"), values[i]))
@@ -337,6 +377,7 @@ impl<'a> Change<'a> {
 
 impl Panel {
     /// The report of a merge whose stored elements, widened, are in `sum` now; but for what is counted.
+    #[inline(always)]
     pub fn report(&self) -> MergeReport {
         // Side by side, for vectors.
         const LANES: usize = 8;
@@ -365,7 +406,14 @@ impl Panel {
     }
 }
 
+/// Runs `work` with the vector instructions that the machine has. The bits are the same with all of them: nothing is
+/// reordered, and no product is fused with a sum.
+pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
 /// Counts the elements and the bytes that differ.
+#[inline(always)]
 fn count_changes<T: Element>(before: &[T], after: &[T], report: &mut MergeReport) {
     // In u32, which makes vectors, of as many as it can count.
     const RUN: usize = 1 << 20;
@@ -403,6 +451,7 @@ pub(super) fn round_to(dtype: DType, values: &mut [f32]) {
 }
 
 /// The first element that is infinite or NaN.
+#[inline(always)]
 fn not_finite(values: &[f32]) -> Option<usize> {
     // Bits of magnitudes are ordered as the magnitudes are; the maximum needs no branch.
     let largest = values.iter().fold(0, |largest: u32, v| largest.max(v.abs().to_bits()));

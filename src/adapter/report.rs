@@ -7,8 +7,7 @@ use std::ops::AddAssign;
 /// With the weight `W`, the wanted delta `D` (W plus D is the merged weight before it is rounded) and the realised one,
 /// `R = W' - W`. A 4-bit weight counts as what it decodes to in its dtype.
 ///
-/// Every panel of 65536 elements or a little more is summed in f64, and panels in their order: the bits do not depend on
-/// the number of threads.
+/// Sums are in f64, over runs of a fixed length in their order: the bits do not depend on the number of threads.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct MergeReport {
     /// Elements of the weight.

@@ -2,12 +2,12 @@
 
 use rayon::prelude::*;
 
-use super::merge::{Change, Merged, Panel, Pass, Unmerged, round_to};
+use super::merge::{Change, Direction, Merged, Panel, Pass, RUN, Unmerged, round_to, vectorised};
 use super::{Base, MergeReport};
 use crate::nf4::{
     Absmax, Codebook, Coder, NestedAbsmax, Nf4Matrix, block_count, largest_magnitude, nest, packed_len,
 };
-use crate::{Error, Result};
+use crate::{DType, Error, Result};
 
 /// How a merged weight is quantised again, and how much of the adapters has to be left.
 ///
@@ -83,7 +83,12 @@ impl Pass<Nf4Matrix> for Requantize {
         if self.min_gain.is_nan() {
             return Err(Error::argument("target.min_gain", "a number", self.min_gain));
         }
-        let quantizer = Quantizer { change, requantize: self, weight: nf4("weight", change)?, merge: true };
+        let quantizer = Quantizer {
+            change,
+            requantize: self,
+            weight: nf4("weight", change)?,
+            direction: Direction::Merge,
+        };
         let (weight, report) = quantizer.run()?;
         if report.retained_gain() < self.min_gain {
             return Err(Error::AdapterLost { argument: "weight".into(), wanted: self.min_gain, report });
@@ -92,7 +97,12 @@ impl Pass<Nf4Matrix> for Requantize {
     }
 
     fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<Nf4Matrix>> {
-        let quantizer = Quantizer { change, requantize: self, weight: nf4("merged", change)?, merge: false };
+        let quantizer = Quantizer {
+            change,
+            requantize: self,
+            weight: nf4("merged", change)?,
+            direction: Direction::Unmerge,
+        };
         let (weight, _) = quantizer.run()?;
         Ok(Unmerged { undetermined: weight.numel() as u64, weight })
     }
@@ -112,7 +122,7 @@ struct Quantizer<'a> {
     change: &'a Change<'a>,
     requantize: Requantize,
     weight: &'a Nf4Matrix,
-    merge: bool,
+    direction: Direction,
 }
 
 /// Scales that are to be stored, and how.
@@ -153,9 +163,20 @@ impl Quantizer<'_> {
             .zip(q_panels.par_iter_mut())
             .enumerate()
             .map_init(Scratch::default, |scratch, (i, ((packed, absmax), q))| {
-                let start = i * panel;
-                self.read(start, panel.min(numel - start), &mut scratch.panel)?;
-                self.codes(start, &scales, scratch, packed, absmax, q)
+                let (start, mut report) = (i * panel, MergeReport::default());
+                let whole = [start, panel.min(numel - start), self.run_len(panel)];
+                let Scratch { panel, ranks, stored } = scratch;
+                self.change.runs(self.direction, whole, panel, |first, panel| {
+                    self.change.check_finite(first, &panel.sum, DType::F32)?;
+                    let (at, len) = (first - start, panel.sum.len());
+                    let packed = &mut packed[at / 2..(at + len).div_ceil(2)];
+                    let blocks = at / blocksize..(at + len).div_ceil(blocksize);
+                    let q = if q.is_empty() { &mut [][..] } else { &mut q[blocks.clone()] };
+                    let absmax = &mut absmax[blocks];
+                    report += self.codes(first, &scales, (panel, ranks, stored), packed, absmax, q)?;
+                    Ok(())
+                })?;
+                Ok(report)
             })
             .collect();
         let mut report: MergeReport = reports.into_iter().sum::<Result<_>>()?;
@@ -175,27 +196,27 @@ impl Quantizer<'_> {
         absmax
             .par_chunks_mut(panel / blocksize)
             .enumerate()
-            .map_init(Scratch::default, |scratch, (i, absmax)| {
+            .map_init(Panel::default, |scratch, (i, absmax)| {
                 let start = i * panel;
-                self.read(start, panel.min(numel - start), &mut scratch.panel)?;
                 let grid = Grid::new(self.weight.codebook());
-                for (b, (block, absmax)) in scratch.panel.sum.chunks(blocksize).zip(absmax).enumerate() {
-                    *absmax = self.scale(&grid, start / blocksize + b, block);
-                }
-                Ok(())
+                let whole = [start, panel.min(numel - start), RUN];
+                self.change.runs(self.direction, whole, scratch, |first, panel| {
+                    self.change.check_finite(first, &panel.sum, DType::F32)?;
+                    let absmax = &mut absmax[(first - start) / blocksize..];
+                    for (b, (block, absmax)) in panel.sum.chunks(blocksize).zip(absmax).enumerate() {
+                        *absmax = self.scale(&grid, first / blocksize + b, block);
+                    }
+                    Ok(())
+                })
             })
             .collect::<Vec<_>>()
             .into_iter()
             .collect()
     }
 
-    /// The panel before it is quantised.
-    fn read(&self, start: usize, len: usize, panel: &mut Panel) -> Result<()> {
-        match self.merge {
-            true => self.change.merge_panel(start, len, panel),
-            false => self.change.unmerge_panel(start, len, panel),
-        }
-        self.change.check_finite(start, &panel.sum, crate::DType::F32)
+    /// How many elements are rounded together, in panels of so many.
+    fn run_len(&self, panel: usize) -> usize {
+        if self.requantize.rounding == Rounding::KeepGain { panel } else { RUN }
     }
 
     /// The scale for a block of values.
@@ -207,12 +228,12 @@ impl Quantizer<'_> {
         }
     }
 
-    /// Codes and scales of a panel, and its report.
+    /// Codes and scales of a run, and its report.
     fn codes(
         &self,
         start: usize,
         scales: &Scales,
-        Scratch { panel, ranks, stored }: &mut Scratch,
+        (panel, ranks, stored): (&mut Panel, &mut Vec<u8>, &mut Vec<f32>),
         packed: &mut [u8],
         absmax: &mut [f32],
         q: &mut [u8],
@@ -242,7 +263,7 @@ impl Quantizer<'_> {
                     }
                 }
             }
-            grid.coder.nearest(block, *absmax, ranks);
+            vectorised(|| grid.coder.nearest(block, *absmax, ranks));
         }
         let numel = panel.sum.len();
         match self.requantize.rounding {
@@ -257,18 +278,18 @@ impl Quantizer<'_> {
         for ((sum, ranks), absmax) in
             panel.sum.chunks_mut(blocksize).zip(ranks[..numel].chunks(blocksize)).zip(&*stored)
         {
-            let values = grid.values.map(|value| value * absmax);
+            let mut values = grid.values.map(|value| value * absmax);
+            round_to(self.weight.dtype(), &mut values);
             sum.iter_mut().zip(ranks).for_each(|(sum, &rank)| *sum = values[usize::from(rank & 15)]);
         }
-        round_to(self.weight.dtype(), &mut panel.sum);
         self.change.check_finite(start, &panel.sum, self.weight.dtype())?;
-        let mut report = panel.report();
         let old = &self.weight.packed()[start / 2..start / 2 + packed.len()];
-        for (i, (old, new)) in old.iter().zip(packed).enumerate() {
-            // The last byte may have one code only.
-            let differ = (old ^ *new) & if 2 * i + 1 < numel { 0xff } else { 0xf0 };
-            report.changed += u64::from(differ & 0xf0 != 0) + u64::from(differ & 0x0f != 0);
-            report.changed_bytes += u64::from(differ != 0);
+        let mut report = vectorised(|| panel.report());
+        vectorised(|| count_codes(&old[..numel / 2], packed, &mut report));
+        if let (1, [.., old], [.., new]) = (numel % 2, old, packed) {
+            // One code, and what is beside it.
+            report.changed += u64::from((*old ^ *new) >> 4 != 0);
+            report.changed_bytes += u64::from(old != new);
         }
         report.bytes += old.len() as u64;
         Ok(report)
@@ -431,6 +452,22 @@ fn uniform(seed: u64, index: u64) -> f32 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
+}
+
+/// Counts the bytes and the codes in them that differ.
+#[inline(always)]
+fn count_codes(old: &[u8], new: &[u8], report: &mut MergeReport) {
+    // In bytes, which makes vectors, of as many as they can count.
+    for (old, new) in old.chunks(127).zip(new.chunks(127)) {
+        let (mut codes, mut bytes) = (0u8, 0u8);
+        for (old, new) in old.iter().zip(new) {
+            let differ = old ^ new;
+            codes += u8::from(differ & 0xf0 != 0) + u8::from(differ & 0x0f != 0);
+            bytes += u8::from(differ != 0);
+        }
+        report.changed += u64::from(codes);
+        report.changed_bytes += u64::from(bytes);
+    }
 }
 
 /// Counts the bytes of the scales, and those that differ.

@@ -79,6 +79,7 @@ impl<'a> Coder<'a> {
     }
 
     /// How many thresholds each lane is above; all lanes side by side, which compilers make vectors of.
+    #[inline(always)]
     fn ranks<const LANES: usize>(&self, x: [f32; LANES]) -> [u8; LANES] {
         let mut ranks = [0i32; LANES];
         for t in self.thresholds {
@@ -98,6 +99,7 @@ impl<'a> Coder<'a> {
 
     /// Writes the ranks of the nearest values of a block that is stored with the scale `absmax`; that of zero when the
     /// scale is not above zero.
+    #[inline(always)]
     pub fn nearest(&self, x: &[f32], absmax: f32, ranks: &mut [u8]) {
         if absmax > 0.0 {
             let (lift, inverse) = normaliser(absmax);
@@ -116,6 +118,7 @@ impl<'a> Coder<'a> {
 }
 
 /// `max |x|`, or NaN when an element is not finite.
+#[inline(always)]
 pub(crate) fn largest_magnitude(x: &[f32]) -> f32 {
     // The order of magnitudes is that of their bits, and what is not finite lies above all that is.
     const INFINITY: i32 = f32::INFINITY.to_bits() as i32;
