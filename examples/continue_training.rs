@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let data = File::open(root.join("tests/data/real_minilm/w0.safetensors"))?;
     let (dense, bias, x) = (data.tensor("weight")?, data.tensor("bias")?, data.tensor("x")?);
     let target = linear(&x, &dense, &bias);
-    let weight = Nf4Matrix::quantize_tensor(&dense, 64, &Codebook::nf4(), Nesting::Nested)?;
+    let weight = Nf4Matrix::quantize_tensor(&dense, 64, &Codebook::nf4(), Nesting::Plain)?;
     let layer = Layer::new(&weight, Some(&bias))?;
     let (tokens, x) = (x.shape()[0], x.to_f32());
 

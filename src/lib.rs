@@ -67,6 +67,10 @@
 //! | merge into 4-bit codes, or out of them | [`cpu::nf4_merge()`], [`cpu::nf4_merge_dense`] | [`cuda::nf4_merge`] |
 //! | DoRA's `m` | [`cpu::dora_scale()`] | [`cuda::dora_scale`] |
 //!
+//! Training goes on from files and back to them in [`train`]: layers forward and backward, AdamW, AdaLoRA's allocation of ranks. On the
+//! CPU there are also [`cpu::adamw()`], [`cpu::dora_gradient()`], [`cpu::adalora_gradient()`], [`cpu::importance()`] and
+//! [`cpu::orthogonality()`].
+//!
 //! GPU calls have three steps: a plan that depends on shapes alone and says which kernel will run, the caller's buffers as views, and a launch on
 //! the caller's queue. They allocate nothing, never wait, and refuse what does not fit before anything is launched.
 //! Engines that have addresses and no views call [`cuda::raw`], from C or Python by way of `integrations/c`; those on candle have layers in

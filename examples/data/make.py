@@ -26,16 +26,27 @@ def minilm(weight, bias):
     return model
 
 
+def layer():
+    """The layer, inputs of it, and what bitsandbytes made of its weight."""
+    return load_file(ROOT / "tests/data/real_minilm/w0.safetensors")
+
+
+def decoded():
+    """The weight as its 4 bits have it."""
+    data = layer()
+    table = load_file(ROOT / "tests/data/nf4_blockwise/codebooks.safetensors")["nf4_code"]
+    codes = data["packed"].flatten()
+    blocks = table[torch.stack([codes >> 4, codes & 15], 1).long()].view(-1, 64)
+    return (blocks * data["absmax"][:, None]).view(data["weight"].shape)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    data = load_file(ROOT / "tests/data/real_minilm/w0.safetensors")
-    scales, codes = data["absmax"], data["packed"].flatten()
-    table = load_file(ROOT / "tests/data/nf4_blockwise/codebooks.safetensors")["nf4_code"]
-    nf4 = table[torch.stack([codes >> 4, codes & 15], 1).long().flatten()].view(-1, 64) * scales[:, None]
+    data = layer()
     target = data["x"] @ data["weight"].T + data["bias"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["query"])
-    model = get_peft_model(minilm(nf4.view(data["weight"].shape), data["bias"]), config)
+    model = get_peft_model(minilm(decoded(), data["bias"]), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(20):
         loss = torch.nn.functional.mse_loss(model(data["x"]), target)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 parser = argparse.ArgumentParser()
 parser.add_argument("--rewrite", required=True, type=pathlib.Path, help="the built example")
 parser.add_argument("--command", required=True, type=pathlib.Path, help="the built command")
+parser.add_argument("--train", required=True, type=pathlib.Path, help="the built example that goes on training")
 parser.add_argument("--work", required=True, type=pathlib.Path, help="a folder for what is made here")
 parser.add_argument("--result", type=pathlib.Path, help="where to write the table")
 args = parser.parse_args()
@@ -448,6 +449,32 @@ def check_merge_four_bits():
             note(f"14 weights decode to our bits; logits {off:.2g} off those of the decoded model; unmerged to the bit")
 
 
+def check_training():
+    """An adapter that PEFT has begun and we have gone on with, in one piece and in two, on the model of examples/data/make.py."""
+    sys.path.insert(0, str(DATA.parents[1] / "examples" / "data"))
+    from make import decoded, layer, minilm
+
+    with case("trained by us, loaded by PEFT", "minilm_lora") as note:
+        folders = WORK / "out" / "training", WORK / "out" / "training-resumed"
+        for folder, runs in zip(folders, [[["--steps", "300"]], [["--steps", "120"], ["--steps", "180", "--resume"]]]):
+            for options in runs:
+                done = subprocess.run([args.train, "--out", folder, *options], capture_output=True, text=True)
+                check(done.returncode == 0, done.stderr)
+        for name in ["adapter_model.safetensors", "training_state.safetensors", "loss.csv"]:
+            same_file(folders[0] / name, folders[1] / name)
+        data = layer()
+        model = load_adapter(minilm(decoded(), data["bias"]), folders[0])
+        stored = load_file(folders[0] / "adapter_model.safetensors")
+        check(state_dict(model).keys() == stored.keys(), "PEFT has not taken every tensor")
+        with torch.no_grad():
+            y = model(data["x"])
+        off = (y - load_file(folders[0] / "outputs.safetensors")["y"]).abs().max().item()
+        # The same f32 products in another order: sums of 384 terms below 10.
+        check(off < 1e-4, f"the outputs are {off:.2g} off")
+        loss = torch.nn.functional.mse_loss(y, data["x"] @ data["weight"].T + data["bias"]).item()
+        note(f"resumed = uninterrupted, to the byte; outputs {off:.2g} off ours, mean squared error {loss:.2g}")
+
+
 def main():
     shutil.rmtree(WORK, ignore_errors=True)
     check_hf_folders()
@@ -461,6 +488,7 @@ def main():
         model, name = folder.parts[-3], folder.parts[-2]
         check_merge(bases[model], f"{model}/{name}", folder.parent)
     check_merge_four_bits()
+    check_training()
     failed = sum(outcome == "FAILED" for _, _, outcome, _ in rows)
     summary = f"{len(rows) - failed} passed, {failed} failed"
     print(summary)

@@ -42,7 +42,7 @@ impl<'a> Trace<'a> {
         };
         schedule.check()?;
         let module = |name: &'a str| {
-            Some(name.strip_prefix("mask.step")?.split_once('.')?.1.strip_suffix(".lora_E.importance")?)
+            name.strip_prefix("mask.step")?.split_once('.')?.1.strip_suffix(".lora_E.importance")
         };
         let modules: BTreeSet<&str> = tensors.names().filter_map(module).collect();
         ensure!(!modules.is_empty(), "there is no `mask.step*.lora_E.importance`");
@@ -106,15 +106,17 @@ impl<'a> Trace<'a> {
                 let count = kept.values().flatten().filter(|kept| **kept).count();
                 case.equal(&format!("step {number}: ranks"), count, step.size("kept_total")?);
             }
+            let (mut ours, mut theirs) = (Vec::<f32>::new(), Vec::<f32>::new());
             for module in &self.modules {
-                let Some((before, after)) = get(module, "before")?.zip(get(module, "after")?) else {
-                    continue;
-                };
+                let stored = get(module, "before")?.zip(get(module, "after")?);
+                let Some((before, after)) = stored else { continue };
                 let kept = kept.get(*module).with_context(|| format!("step {number}: no allocation yet"))?;
-                let masked: Vec<f32> =
-                    before.iter().zip(kept).map(|(e, kept)| if *kept { *e } else { 0.0 }).collect();
-                let (ours, theirs) = (bytemuck::cast_slice(&masked), bytemuck::cast_slice(&after));
-                case.bits(&format!("step {number}: {module}.lora_E"), 4, ours, theirs);
+                ours.extend(before.iter().zip(kept).map(|(e, kept)| if *kept { *e } else { 0.0 }));
+                theirs.extend(after);
+            }
+            if !theirs.is_empty() {
+                let (ours, theirs) = (bytemuck::cast_slice(&ours), bytemuck::cast_slice(&theirs));
+                case.bits(&format!("step {number}: lora_E"), 4, ours, theirs);
             }
         }
         let pattern = self.sidecar.object("rank_pattern")?;
