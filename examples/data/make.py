@@ -12,18 +12,24 @@ from safetensors.torch import load_file
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def minilm(weight, bias):
+class OneLayer(torch.nn.Module):
     """A model that has only this layer, under the name that it has in all-MiniLM-L6-v2."""
-    model = torch.nn.Module()
-    module = model
-    for name in ["encoder", "layer", "0", "attention", "self"]:
-        inner = torch.nn.Module()
-        module.add_module(name, inner)
-        module = inner
-    module.query = torch.nn.Linear(*reversed(weight.shape))
-    module.query.weight.data, module.query.bias.data = weight.clone(), bias.clone()
-    model.forward = lambda x: module.query(x)
-    return model
+
+    NAME = "encoder.layer.0.attention.self.query"
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        *path, last = self.NAME.split(".")
+        module = self
+        for name in path:
+            module.add_module(name, torch.nn.Module())
+            module = module.get_submodule(name)
+        linear = torch.nn.Linear(*reversed(weight.shape))
+        linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+        module.add_module(last, linear)
+
+    def forward(self, x):
+        return self.get_submodule(self.NAME)(x)
 
 
 def layer():
@@ -46,7 +52,7 @@ if __name__ == "__main__":
     data = layer()
     target = data["x"] @ data["weight"].T + data["bias"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["query"])
-    model = get_peft_model(minilm(decoded(), data["bias"]), config)
+    model = get_peft_model(OneLayer(decoded(), data["bias"]), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(20):
         loss = torch.nn.functional.mse_loss(model(data["x"]), target)

@@ -452,7 +452,7 @@ def check_merge_four_bits():
 def check_training():
     """An adapter that PEFT has begun and we have gone on with, in one piece and in two, on the model of examples/data/make.py."""
     sys.path.insert(0, str(DATA.parents[1] / "examples" / "data"))
-    from make import decoded, layer, minilm
+    from make import OneLayer, decoded, layer
 
     with case("trained by us, loaded by PEFT", "minilm_lora") as note:
         folders = WORK / "out" / "training", WORK / "out" / "training-resumed"
@@ -463,7 +463,7 @@ def check_training():
         for name in ["adapter_model.safetensors", "training_state.safetensors", "loss.csv"]:
             same_file(folders[0] / name, folders[1] / name)
         data = layer()
-        model = load_adapter(minilm(decoded(), data["bias"]), folders[0])
+        model = load_adapter(OneLayer(decoded(), data["bias"]), folders[0])
         stored = load_file(folders[0] / "adapter_model.safetensors")
         check(state_dict(model).keys() == stored.keys(), "PEFT has not taken every tensor")
         with torch.no_grad():
