@@ -475,6 +475,67 @@ def check_training():
         note(f"resumed = uninterrupted, to the byte; outputs {off:.2g} off ours, mean squared error {loss:.2g}")
 
 
+def kept(base, tuned, adapted):
+    """For each weight that differs, the share of the squared difference that PEFT's merge of the adapter keeps."""
+    shares = {}
+    for name, old in base.named_parameters():
+        change = (tuned[name] - old).double()
+        if change.abs().max() > 0:
+            rest = (tuned[name] - adapted[name]).double()
+            shares[name] = 1 - (rest.norm() / change.norm()).item() ** 2
+    return shares
+
+
+def check_extracted(bases):
+    """Adapters that `lora-kernels extract` makes of two models, as PEFT loads and merges them."""
+    cases = [
+        ("llama", "lora_r8a16", ["--rank", "8"], 1 - 1e-6),
+        ("llama", "lora_r8a16", ["--energy", "0.7", "--dtype", "bf16"], 0.7 - 1e-3),
+        ("llama", "lora_r8a16", ["--budget", "25kB"], None),
+        ("llama", "lora_r8a16", ["--rank", "8", "--skip", "model.layers.0", "--save-others"], 1 - 1e-6),
+        ("gpt2", "lora_fifo", ["--rank", "8"], 1 - 1e-6),
+        ("llama", None, ["--rank", "64", "--save-others"], 1 - 1e-6),
+    ]
+    for model, adapter, options, least in cases:
+        label = f"{model}, {adapter or 'all parameters changed'}, {' '.join(options)}"
+        with case("extracted by us, loaded by PEFT", label) as note:
+            base, source = bases[model], DATA / "peft" / model
+            if adapter:
+                tuned = load_adapter(base, source / adapter).merge_and_unload()
+            else:
+                tuned = copy.deepcopy(base)
+                for parameter in tuned.parameters():
+                    parameter.data += 0.02 * torch.randn_like(parameter)
+            folder = WORK / "in" / "tuned"
+            shutil.rmtree(folder, ignore_errors=True)
+            tuned.save_pretrained(folder)
+            target = WORK / "out" / "extracted"
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [args.command, "extract", source / "base", folder, "--out", target, "--json", *options]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            check(done.returncode == 0, done.stderr)
+            said = json.loads(done.stdout)
+            loaded = load_adapter(base, target)
+            # PEFT's own would also have the table of an adapted lm_head.
+            check(load_file(target / "adapter_model.safetensors").keys() <= state_dict(loaded).keys(), "PEFT has not taken every tensor")
+            input_ids = torch.arange(20).reshape(2, 10)
+            want, got = logits(tuned, input_ids), logits(loaded, input_ids)
+            merged = dict(loaded.merge_and_unload().named_parameters())
+            shares = kept(base, dict(tuned.named_parameters()), merged)
+            check(least is None or min(shares.values()) >= least, f"of some weight {min(shares.values())} is kept")
+            for layer in said["layers"]:
+                share = shares[layer["module"] + ".weight"]
+                check(abs(share - layer["energy"]) < 1e-5, f"{layer['module']}: {share} is kept, not {layer['energy']}")
+            off = (got - want).abs().max().item()
+            moved = (want - logits(base, input_ids)).abs().max().item()
+            note(f"ranks {min(x['rank'] for x in said['layers'])} to {max(x['rank'] for x in said['layers'])} of {len(said['layers'])} weights")
+            note("PEFT keeps of each what we say")
+            if least == 1 - 1e-6:
+                check(off < 1e-4, f"logits are {off:.2g} off those of the tuned model")
+                note(f"logits {off:.2g} off those of the tuned model, which moved by {moved:.2g}")
+
+
 def main():
     shutil.rmtree(WORK, ignore_errors=True)
     check_hf_folders()
@@ -489,6 +550,7 @@ def main():
         check_merge(bases[model], f"{model}/{name}", folder.parent)
     check_merge_four_bits()
     check_training()
+    check_extracted(bases)
     failed = sum(outcome == "FAILED" for _, _, outcome, _ in rows)
     summary = f"{len(rows) - failed} passed, {failed} failed"
     print(summary)
