@@ -6,7 +6,7 @@ mod synthetic;
 use std::fs;
 
 use common::{Output, Set, data, run};
-use lora_kernels::adapter::{Adapter, Difference, Lora, Rank};
+use lora_kernels::adapter::{Adapter, Decomposition, Difference, Lora, Rank};
 use lora_kernels::formats::bitsandbytes::{self, Checkpoint, Reader, SaveOptions};
 use lora_kernels::formats::peft::{self, AdapterFile};
 use lora_kernels::nf4::{Codebook, Nesting, Nf4Matrix};
@@ -127,6 +127,34 @@ fn by_budget() {
         assert!(output.stderr.contains(wanted) && output.stderr.contains("--budget"), "{}", output.stderr);
     }
     assert!(!set.path("none").exists());
+}
+
+/// Large weights go by subspace iteration. Of four only one has changed, so that it gets more ranks than were computed at first.
+#[test]
+fn a_budget_that_one_large_layer_takes() {
+    let set = Set::empty("extract-large");
+    let mut checkpoint = synthetic::model(&set, "small", [48, 32], DType::BF16);
+    let name = |i: usize| format!("model.layers.{i}.mlp.gate_proj.weight");
+    for i in 0..4 {
+        checkpoint.dense.insert(name(i), noise(70 + i as u32, &[600, 530], DType::F32));
+    }
+    checkpoint.save(set.path("base"), &SaveOptions::default()).unwrap();
+    checkpoint.dense.insert(name(2), noise(80, &[600, 530], DType::F32));
+    checkpoint.save(set.path("tuned"), &SaveOptions::default()).unwrap();
+    let [base, tuned, out] = ["base", "tuned", "out"].map(|name| path(&set, name));
+    // 40 ranks of 1130 f32 and the header of seven modules.
+    let budget = (40 * 1130 * 4 + 3000).to_string();
+    let said = extract(&base, &tuned, &out, &["--budget", &budget]);
+    assert_eq!((&said["layers"].as_array().unwrap().len(), &said["layers"][0]["rank"]), (&1, &json!(40)));
+    let [old, new] = [&base, &tuned].map(|folder| Reader::open(folder).unwrap().dense(&name(2)).unwrap());
+    // The singular values of noise lie close together, and the iteration may end before the last ones are parted: the error is
+    // between the least of rank 40 and that of a slightly smaller one.
+    let all =
+        Difference::between(&old, &new).unwrap().with_decomposition(Decomposition::Full).extract(40).unwrap();
+    let relative = |rank: usize| all.clone().cut(rank).frobenius_error() / all.norm();
+    let error = said["relative_error"].as_f64().unwrap();
+    assert!((relative(40) - 1e-6..relative(38)).contains(&error), "{error} for {}", relative(40));
+    assert!(peft::load(&out).unwrap().adapters.len() == 1);
 }
 
 /// What differs and is no linear weight, one that was skipped, and one that is the same.
