@@ -1,7 +1,6 @@
 //! `merge`: adapters into a model's folder.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -13,6 +12,7 @@ use lora_kernels::adapter::{Adapter, Base, MergeReport, Requantize, Rounding, Sc
 use lora_kernels::formats::bitsandbytes::{Parameter, QuantState};
 use lora_kernels::formats::safetensors::Dtype;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::dequantize::{dense_config, stored};
 use crate::model::{
@@ -113,6 +113,9 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     }
     let inputs: Vec<&Path> =
         [source.folder()].into_iter().chain(arguments.adapters.iter().map(PathBuf::as_path)).collect();
+    if let Some(undo) = &arguments.undo {
+        apart(undo, &inputs)?;
+    }
     let output = Output::create(&arguments.out.out, &inputs, arguments.out.force)?;
     let merge = Merge {
         adapters: &adapters,
@@ -146,6 +149,22 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     describe(&mut summary, &adapters, &reports, total);
     summary.finish("merged", bytes, arguments.out.json);
     Ok(true)
+}
+
+/// Refuses a file in one of the folders that are read.
+fn apart(undo: &Path, inputs: &[&Path]) -> Result<()> {
+    let folder = undo.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder.canonicalize().with_context(|| format!("--undo {}", undo.display()))?;
+    for input in inputs {
+        let input = input.canonicalize().with_context(|| input.display().to_string())?;
+        ensure!(
+            !folder.starts_with(&input),
+            "--undo {}: wanted a file apart from the input {}",
+            undo.display(),
+            input.display()
+        );
+    }
+    Ok(())
 }
 
 impl Arguments {
@@ -242,9 +261,10 @@ impl Merge<'_> {
     fn requantize(&self, name: &str) -> Requantize {
         match self.requantize.rounding {
             Rounding::Stochastic { seed } => {
-                let mut hasher = DefaultHasher::new();
-                (seed, name).hash(&mut hasher);
-                Requantize { rounding: Rounding::Stochastic { seed: hasher.finish() }, ..self.requantize }
+                // The same in every version: a seed is there to give the same codes again.
+                let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(name).finalize();
+                let seed = u64::from_le_bytes(digest[..8].try_into().expect("eight bytes"));
+                Requantize { rounding: Rounding::Stochastic { seed }, ..self.requantize }
             }
             _ => self.requantize,
         }

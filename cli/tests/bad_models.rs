@@ -145,6 +145,12 @@ fn outputs_that_cannot_be() {
         &["merge", &base, &lora, "--out", &path("peft/llama/lora_r8a16"), "--force"],
         &["apart from the input"],
     );
+    let model = path("peft/llama/base/model.safetensors");
+    refused(
+        &set,
+        &["merge", &base, &lora, "--out", &path("out"), "--undo", &model, "--force"],
+        &["--undo", "apart from the input"],
+    );
     refused(&set, &["quantize", &base, "--out", &path("nope/out")], &["nope", "No such file"]);
     refused(&set, &["quantize", &base, "--out", "/"], &["wanted the name of a folder"]);
     refused(&set, &["quantize", &base, "--out", "/proc/out"], &["/proc"]);
