@@ -284,7 +284,7 @@ impl Quantizer<'_> {
         }
         self.change.check_finite(start, &panel.sum, self.weight.dtype())?;
         let old = &self.weight.packed()[start / 2..start / 2 + packed.len()];
-        let mut report = vectorised(|| panel.report());
+        let mut report = panel.report();
         vectorised(|| count_codes(&old[..numel / 2], packed, &mut report));
         if let (1, [.., old], [.., new]) = (numel % 2, old, packed) {
             // One code, and what is beside it.
