@@ -49,10 +49,10 @@ fn the_emulated_kernels_pass() {
     }
     let output = run(&["verify", data().to_str().unwrap(), "--device", "emulator"]);
     assert_eq!(output.code, Some(0), "{}", output.stdout);
-    let skipped = output.stdout.split("\nskipped\n").nth(1).expect("training steps are skipped");
+    let skipped = output.stdout.split("\nskipped\n").nth(1).expect("svd has no kernel");
     let skipped = skipped.lines().take_while(|line| !line.is_empty());
     for line in skipped {
-        let known = ["train_step/", "svd/", "peft/llama/adalora_trace"];
+        let known = ["svd/"];
         assert!(known.iter().any(|k| line.trim().starts_with(k)), "{line}");
     }
 }

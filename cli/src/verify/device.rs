@@ -1,7 +1,11 @@
 //! The kernels as an [`Engine`]: on a GPU, or in the emulator.
 
+mod training;
+
 use bytemuck::Pod;
 use half::{bf16, f16};
+use lora_kernels::adapter::Adapter;
+use lora_kernels::cpu::AdamWStep;
 use lora_kernels::cuda::absmax_quantize::NestedViewMut;
 use lora_kernels::cuda::matmul::{Rounding, WeightFormat};
 use lora_kernels::cuda::{
@@ -16,7 +20,7 @@ use lora_kernels::{DType, Element, Result, Tensor};
 use lora_kernels_devices::{Buffer, Device};
 
 use super::cpu::{elements, typed};
-use super::engine::{Direction, Engine, Extras, LowRank, Slack, Weight};
+use super::engine::{Direction, Engine, Extras, Gradients, LowRank, Slack, Weight};
 
 /// The kernels on some device.
 pub struct Kernels(Device);
@@ -203,6 +207,30 @@ impl Engine for Kernels {
         };
         self.like(weight, packed, absmax)
     }
+
+    fn gradients(&self, weight: Weight<'_>, adapter: &Adapter, x: &Tensor, dy: &Tensor) -> Result<Gradients> {
+        self.layer_gradients(weight, adapter, x, dy)
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamWStep,
+        p: &[f32],
+        gradient: &[f32],
+        moments: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 3]> {
+        self.adamw_step(step, p, gradient, moments)
+    }
+
+    fn importance(
+        &self,
+        p: &[f32],
+        gradient: &[f32],
+        betas: [f64; 2],
+        state: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 2]> {
+        self.importance_step(p, gradient, betas, state)
+    }
 }
 
 impl Kernels {
@@ -250,15 +278,8 @@ impl Kernels {
         };
         let mut workspace = device.alloc::<u8>(plan.workspace_bytes);
         let mut y = device.alloc::<T>(shape.tokens * n);
-        let (dense, codes) = match weight {
-            Weight::Dense(weight) => (Some(device.upload(elements::<T>(weight))), None),
-            Weight::Nf4(weight) => (None, Some(self.nf4(weight))),
-        };
-        let weight = match (&dense, &codes) {
-            (Some(dense), _) => matmul::Weight::Dense(dense.view()),
-            (None, codes) => matmul::Weight::Nf4(codes.as_ref().expect("one of the two").view()),
-        };
-        plan.run(self.queue(), x.view(), &weight, &extras, y.view_mut(), workspace.view_mut())?;
+        let base = Base::<T>::new(self, weight);
+        plan.run(self.queue(), x.view(), &base.view(), &extras, y.view_mut(), workspace.view_mut())?;
         tensor(&[shape.tokens, n], &y)
     }
 
@@ -330,6 +351,28 @@ impl Kernels {
         let out = Nf4ViewMut { packed: packed.view_mut(), absmax: absmax.view_mut() };
         plan.run(self.queue(), &self.nf4(weight).view(), &update, out)?;
         Ok((packed.download(), absmax.download()))
+    }
+}
+
+/// The weight of a layer on the device.
+enum Base<T> {
+    Dense(Buffer<T>),
+    Nf4(Nf4Buffers),
+}
+
+impl<T: Element> Base<T> {
+    fn new(kernels: &Kernels, weight: Weight<'_>) -> Self {
+        match weight {
+            Weight::Dense(weight) => Self::Dense(kernels.0.upload(elements::<T>(weight))),
+            Weight::Nf4(weight) => Self::Nf4(kernels.nf4(weight)),
+        }
+    }
+
+    fn view(&self) -> matmul::Weight<'_, T> {
+        match self {
+            Self::Dense(weight) => matmul::Weight::Dense(weight.view()),
+            Self::Nf4(weight) => matmul::Weight::Nf4(weight.view()),
+        }
     }
 }
 
