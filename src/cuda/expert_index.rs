@@ -65,7 +65,7 @@ struct Params {
 /// Chooses the grid.
 ///
 /// # Errors
-/// [`Error::Argument`] when there are 2^31 rows and more, or `adapters * experts` does not fit in 31 bits.
+/// [`Error::Argument`](crate::Error::Argument) when there are 2^31 rows and more, or `adapters * experts` does not fit in 31 bits.
 pub fn plan(shape: &Shape, _device: &Properties) -> Result<Plan> {
     let Shape { tokens, choices, adapters, experts } = *shape;
     dimension("tokens", tokens)?;
@@ -85,7 +85,8 @@ impl Plan {
     /// Writes `index` `[tokens * choices]` from `adapter` `[tokens]` and `expert` `[tokens * choices]`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for views that are not as the plan's shape says, [`Error::Device`] when the launch fails.
+    /// [`Error::Argument`](crate::Error::Argument) for views that are not as the plan's shape says,
+    /// [`Error::Device`](crate::Error::Device) when the launch fails.
     pub fn run(
         &self,
         queue: &dyn Queue,

@@ -9,7 +9,7 @@
 //! These could take W the same way (elements transposed by a bit of the operand's descriptor, codes by ldmatrix to the registers of
 //! the left operand); that kernel is not written.
 //!
-//! Everything else is as in [`matmul`](super::matmul()): f32 sums over the rows of W in an order that the plan fixes, splits that
+//! Everything else is as in [`matmul`](mod@super::matmul): f32 sums over the rows of W in an order that the plan fixes, splits that
 //! a second kernel adds in their order, a token's outputs independent of the other tokens, one rounding at the end, exact
 //! products in the branch. f32 dY has f32 products.
 

@@ -7,9 +7,9 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`adapters`], [`scratch`], [`matmul`] | a linear layer: dense or 4-bit weight, bias, DoRA's scale, an adapter per token |
-//! | [`nf4_quantize`], [`nf4_dequantize`] | numbers to 4-bit codes and back |
-//! | [`merge`] | adapters into a dense weight, or out of it |
+//! | [`adapters`], [`scratch`], [`matmul`](fn@matmul) | a linear layer: dense or 4-bit weight, bias, DoRA's scale, an adapter per token |
+//! | [`nf4_quantize`](fn@nf4_quantize), [`nf4_dequantize`](fn@nf4_dequantize) | numbers to 4-bit codes and back |
+//! | [`merge`](fn@merge) | adapters into a dense weight, or out of it |
 //!
 //! ```no_run
 //! # #[cfg(feature = "cuda")]
@@ -125,7 +125,7 @@ pub struct Branch<'a> {
     pub index: u64,
 }
 
-/// The operands of [`matmul`].
+/// The operands of [`matmul`](fn@matmul).
 #[derive(Debug, Clone, Copy)]
 pub struct Matmul<'a> {
     /// `[tokens, k]`, aligned to 16 bytes.
@@ -228,7 +228,7 @@ impl Adapters {
     }
 }
 
-/// How many bytes [`matmul`] wants as scratch.
+/// How many bytes [`matmul`](fn@matmul) wants as scratch.
 ///
 /// # Errors
 /// As [`matmul::plan`] and [`lora_shrink::plan`].

@@ -1,7 +1,7 @@
 //! Whole models, from folder to folder: what the commands that rewrite one have in common.
 //!
 //! A [`Source`] is the folder that is read, an [`Output`] the one that appears when everything has been written, and a [`Change`]
-//! says what becomes of each parameter. [`rewrite`] takes a weight in slabs of rows, so that neither a model nor a weight need fit
+//! says what becomes of each parameter. [`rewrite`](fn@rewrite) takes a weight in slabs of rows, so that neither a model nor a weight need fit
 //! in memory.
 
 mod adapters;

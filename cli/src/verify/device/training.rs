@@ -1,5 +1,6 @@
 //! A training step by the kernels.
 
+use half::{bf16, f16};
 use lora_kernels::adapter::Adapter;
 use lora_kernels::cpu::AdamWStep;
 use lora_kernels::cuda::adamw::{self, Moments, TensorTable, TensorView};
