@@ -19,8 +19,8 @@ const TASK: usize = 128;
 /// `dx[i, k] = round_T(Σ_n dy[i, n] w[n, k] + Σ_r u[i, r] A[r, k])`, the second sum where dropout lets `x[i, k]` stay.
 ///
 /// `x` and `dx` are `[m, K]`, `dy` is `[m, N]`; `gradients` has one entry per adapter. The bias plays no part, and DoRA's scale is
-/// taken out of `dy` before ([`cpu::dora_gradient`](crate::cpu::dora_gradient)). An adapter's gradients and a token's `dx` have the
-/// same bits in every batch; they depend on the CPU's vector instructions, and on nothing else.
+/// taken out of `dy` before ([`cpu::dora_gradient`](crate::cpu::dora_gradient)). The same batch gives the same bits on the same kind of
+/// CPU, whatever the number of threads; in another batch a token's `dx` may have other last bits, if it has an adapter.
 ///
 /// # Errors
 /// [`Error::Argument`] when a length or a rank does not fit, a 4-bit weight is not a matrix, a token's adapter does not exist, or
