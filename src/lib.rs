@@ -60,6 +60,7 @@
 //! | `dA = uᵀ x` and `dB = dYᵀ v`, per adapter | [`cpu::lora_gradient()`] | [`cuda::lora_gradient`] |
 //! | DoRA's part of the gradient | [`cpu::dora_gradient()`] | [`cuda::dora_gradient`] |
 //! | AdaLoRA's parts: `A ⊙ E`, dE, importance | [`cpu::adalora_fold()`], [`cpu::adalora_gradient()`], [`cpu::importance()`] | [`cuda::adalora`] |
+//! | AdaLoRA's penalty `‖A Aᵀ - I‖` and its gradient | [`cpu::orthogonality()`] | [`cuda::orthogonality`] |
 //! | AdamW, and the norm of all gradients | [`cpu::adamw()`], [`cpu::gradient_norm()`] | [`cuda::adamw`] |
 //! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
 //! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |

@@ -28,6 +28,7 @@ mod nf4;
 pub mod nf4_dequantize;
 pub mod nf4_merge;
 pub mod nf4_quantize;
+pub mod orthogonality;
 mod queue;
 pub mod raw;
 mod tensor_map;
@@ -61,6 +62,7 @@ const KERNELS: &[&[Kernel]] = &[
     nf4_dequantize::KERNELS,
     nf4_merge::KERNELS,
     nf4_quantize::KERNELS,
+    orthogonality::KERNELS,
 ];
 
 /// Every kernel that this crate can launch.
