@@ -18,7 +18,7 @@ static char calls[1 << 16];
 static size_t used;
 static int capturing;
 static _Thread_local void *current;
-static char context[1], modules[64][256];
+static char context[1], modules[512][256];
 static int module_count, handle_count;
 
 /* For the tests. */
