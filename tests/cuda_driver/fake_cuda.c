@@ -118,12 +118,12 @@ Result cuModuleLoadDataEx(void **module, const void *ptx, unsigned count, const 
     return SUCCESS;
 }
 
-static char functions[512][128];
+static char functions[4096][128];
 static int function_count;
 
 Result cuModuleGetFunction(void **function, void *module, const char *name) {
     strncpy(functions[function_count], name, 127);
-    *function = functions[function_count++ % 511];
+    *function = functions[function_count++ % 4095];
     return current ? SUCCESS : INVALID_CONTEXT;
 }
 
