@@ -355,6 +355,7 @@ impl Kernels {
 }
 
 /// The weight of a layer on the device.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Base<T> {
     Dense(Buffer<T>),
     Nf4(Nf4Buffers),
