@@ -156,7 +156,7 @@ __device__ __forceinline__ void lora_expand(const Params& p) {
 }
 
 #define ENTRY(T)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(kThreads, 4) lora_expand_##T(const __grid_constant__ Params p) { \
+    extern "C" __global__ void __launch_bounds__(kThreads, 3) lora_expand_##T(const __grid_constant__ Params p) { \
         lora_expand<T>(p);                                                                                       \
     }
 
