@@ -1,9 +1,9 @@
 // A step of AdamW for all tensors of a model in one launch, and the norm of all gradients before it.
 //
-// A block takes 2048 neighbouring elements of one tensor, a warp 256: a block of 8-bit moments, eight elements per lane. Every
-// operation is rounded as the reference's is, so the bits are the same. The norm's squares are f64: a lane adds its eight in
-// their order, then neighbouring lanes are added, then warps, and `adamw_norm_finish` adds blocks and tensors, all in an order
-// that depends on the sizes alone.
+// A block takes 2048 neighbouring elements of one tensor, a warp 256: a block of 8-bit moments. A lane has four of either half of
+// these, so that a warp's accesses fill whole sectors whatever the type. Every operation is rounded as the reference's is, so the
+// bits are the same. The norm's squares are f64: a lane adds its eight in their order, then neighbouring lanes are added, then
+// warps, and `adamw_norm_finish` adds blocks and tensors, all in an order that depends on the sizes alone.
 
 #include "dtype.cuh"
 #include "dynamic_map.cuh"
@@ -45,7 +45,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == 80, "the Rust twin has this size");
 
-constexpr uint32_t kThreads = 256, kWarps = kThreads / 32, kElements = 8, kTile = kThreads * kElements, kMoments = 256;
+constexpr uint32_t kThreads = 256, kWarps = kThreads / 32, kTile = kThreads * 8, kMoments = 256, kHalf = kMoments / 2;
 
 // The tensor that a block belongs to.
 __device__ __forceinline__ uint32_t tensor_of(const Params& p, uint32_t block) {
@@ -57,28 +57,59 @@ __device__ __forceinline__ uint32_t tensor_of(const Params& p, uint32_t block) {
     return below;
 }
 
-template <typename T>
-__device__ __forceinline__ void load(const T* from, int count, float (&x)[8]) {
-    Eight<T> stored;
-    if (count == 8) stored.load(from); else stored.load_part(from, count);
-    stored.widen(x);
-}
-template <typename T>
-__device__ __forceinline__ void store(T* to, int count, const float (&x)[8]) {
-    Eight<T> stored;
-    stored.round(x);
-    if (count == 8) stored.store(to); else stored.store_part(to, count);
-}
-
-// The thread's elements: `count` of eight from `first` on.
+// The thread's elements: `count[h]` of four, from `first` on and from 128 elements behind.
 struct Place {
     uint64_t first;
-    int count;
+    int count[2];
     __device__ __forceinline__ explicit Place(const Tensor& tensor) {
-        first = uint64_t(blockIdx.x - tensor.first_block) * kTile + threadIdx.x * kElements;
-        count = first < tensor.count ? int(min(tensor.count - first, uint64_t(kElements))) : 0;
+        first = uint64_t(blockIdx.x - tensor.first_block) * kTile + threadIdx.x / 32 * kMoments + threadIdx.x % 32 * 4;
+#pragma unroll
+        for (uint32_t h = 0; h < 2; ++h) {
+            const uint64_t at = first + h * kHalf;
+            count[h] = at < tensor.count ? int(min(tensor.count - at, uint64_t(4))) : 0;
+        }
     }
 };
+
+// Four neighbouring elements as stored.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four { T value[4]; };
+
+// Zero where there is none.
+template <typename T>
+__device__ __forceinline__ void load(const void* tensor, const Place& place, float (&x)[8]) {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+        const T* from = static_cast<const T*>(tensor) + place.first + h * kHalf;
+        Four<T> four = {};
+        if (place.count[h] == 4) {
+            four = *reinterpret_cast<const Four<T>*>(from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < place.count[h]) four.value[i] = from[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * h + i] = to_f32(four.value[i]);
+    }
+}
+template <typename T>
+__device__ __forceinline__ void store(void* tensor, const Place& place, const float (&x)[8]) {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+        T* to = static_cast<T*>(tensor) + place.first + h * kHalf;
+        Four<T> four;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four.value[i] = from_f32<T>(x[4 * h + i]);
+        if (place.count[h] == 4) {
+            *reinterpret_cast<Four<T>*>(to) = four;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < place.count[h]) to[i] = four.value[i];
+        }
+    }
+}
 
 __device__ __forceinline__ double sum_of_warp(double x) {
 #pragma unroll
@@ -91,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) adamw_norm_sum(const __gr
     const Tensor tensor = p.tensors[tensor_of(p, blockIdx.x)];
     const Place place(tensor);
     float g[8];
-    load(tensor.gradient + place.first, place.count, g);
+    load<float>(tensor.gradient, place, g);
     double sum = 0.0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = __dadd_rn(sum, __dmul_rn(double(g[i]), double(g[i])));
@@ -132,31 +163,38 @@ extern "C" __global__ void __launch_bounds__(1024) adamw_norm_finish(const __gri
     *p.status = Status{norm, scale, int32_t(broken), 0};
 }
 
-// 8-bit moments of a lane, in a block of which it has eight neighbours.
-__device__ __forceinline__ void decode_moments(const float* map, const uint8_t* codes, float absmax, int count, float (&x)[8]) {
-    uint32_t words[2] = {0, 0};
-    if (count == 8) {
-        const uint2 both = *reinterpret_cast<const uint2*>(codes);
-        words[0] = both.x, words[1] = both.y;
-    } else {
+// 8-bit moments of a lane.
+__device__ __forceinline__ void decode_moments(const float* map, const void* tensor, float absmax, const Place& place, float (&x)[8]) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (i < count) words[i / 4] |= uint32_t(codes[i]) << (i % 4 * 8);
+    for (uint32_t h = 0; h < 2; ++h) {
+        const uint8_t* codes = static_cast<const uint8_t*>(tensor) + place.first + h * kHalf;
+        uint32_t word = 0;
+        if (place.count[h] == 4) {
+            word = *reinterpret_cast<const uint32_t*>(codes);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < place.count[h]) word |= uint32_t(codes[i]) << (i * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * h + i] = i < place.count[h] ? __fmul_rn(map[word >> (i * 8) & 255], absmax) : 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = i < count ? __fmul_rn(map[words[i / 4] >> (i % 4 * 8) & 255], absmax) : 0.0f;
 }
-__device__ __forceinline__ void encode_moments(const float* map, uint8_t* codes, float* absmax, int count, float (&x)[8]) {
+__device__ __forceinline__ void encode_moments(const float* map, void* tensor, float* absmax, const Place& place, float (&x)[8]) {
     uint32_t q[2];
     const float scale = encode_dynamic(map, x, q);
-    if (threadIdx.x % 32 == 0 && count > 0) *absmax = scale;
-    if (count == 8) {
-        *reinterpret_cast<uint2*>(codes) = make_uint2(q[0], q[1]);
-        return;
-    }
+    if (threadIdx.x % 32 == 0) *absmax = scale;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        if (i < count) codes[i] = uint8_t(q[i / 4] >> (i % 4 * 8));
+    for (uint32_t h = 0; h < 2; ++h) {
+        uint8_t* codes = static_cast<uint8_t*>(tensor) + place.first + h * kHalf;
+        if (place.count[h] == 4) {
+            *reinterpret_cast<uint32_t*>(codes) = q[h];
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < place.count[h]) codes[i] = uint8_t(q[h] >> (i * 8));
+        }
+    }
 }
 
 template <bool Blockwise>
@@ -177,17 +215,17 @@ __device__ __forceinline__ void adamw(const Params& p) {
     if (block * kMoments >= tensor.count) return;  // whole warps
     float w[8], g[8], m[8], v[8];
     switch (tensor.dtype) {
-        case kF32: load(static_cast<const float*>(tensor.parameter) + place.first, place.count, w); break;
-        case kF16: load(static_cast<const f16*>(tensor.parameter) + place.first, place.count, w); break;
-        default: load(static_cast<const bf16*>(tensor.parameter) + place.first, place.count, w); break;
+        case kF32: load<float>(tensor.parameter, place, w); break;
+        case kF16: load<f16>(tensor.parameter, place, w); break;
+        default: load<bf16>(tensor.parameter, place, w); break;
     }
-    load(tensor.gradient + place.first, place.count, g);
+    load<float>(tensor.gradient, place, g);
     if constexpr (Blockwise) {
-        decode_moments(maps, static_cast<const uint8_t*>(tensor.m) + place.first, tensor.m_absmax[block], place.count, m);
-        decode_moments(maps + 256, static_cast<const uint8_t*>(tensor.v) + place.first, tensor.v_absmax[block], place.count, v);
+        decode_moments(maps, tensor.m, tensor.m_absmax[block], place, m);
+        decode_moments(maps + 256, tensor.v, tensor.v_absmax[block], place, v);
     } else {
-        load(static_cast<const float*>(tensor.m) + place.first, place.count, m);
-        load(static_cast<const float*>(tensor.v) + place.first, place.count, v);
+        load<float>(tensor.m, place, m);
+        load<float>(tensor.v, place, v);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -198,18 +236,18 @@ __device__ __forceinline__ void adamw(const Params& p) {
         w[i] = __fsub_rn(__fmul_rn(p.decay, w[i]), __fmul_rn(p.step_size, __fdiv_rn(m[i], root)));
     }
     switch (tensor.dtype) {
-        case kF32: store(static_cast<float*>(tensor.parameter) + place.first, place.count, w); break;
-        case kF16: store(static_cast<f16*>(tensor.parameter) + place.first, place.count, w); break;
-        default: store(static_cast<bf16*>(tensor.parameter) + place.first, place.count, w); break;
+        case kF32: store<float>(tensor.parameter, place, w); break;
+        case kF16: store<f16>(tensor.parameter, place, w); break;
+        default: store<bf16>(tensor.parameter, place, w); break;
     }
     if constexpr (Blockwise) {
-        encode_moments(maps, static_cast<uint8_t*>(tensor.m) + place.first, tensor.m_absmax + block, place.count, m);
-        encode_moments(maps + 256, static_cast<uint8_t*>(tensor.v) + place.first, tensor.v_absmax + block, place.count, v);
+        encode_moments(maps, tensor.m, tensor.m_absmax + block, place, m);
+        encode_moments(maps + 256, tensor.v, tensor.v_absmax + block, place, v);
     } else {
-        store(static_cast<float*>(tensor.m) + place.first, place.count, m);
-        store(static_cast<float*>(tensor.v) + place.first, place.count, v);
+        store<float>(tensor.m, place, m);
+        store<float>(tensor.v, place, v);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) adamw_f32(const __grid_constant__ Params p) { adamw<false>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) adamw_8bit(const __grid_constant__ Params p) { adamw<true>(p); }
+extern "C" __global__ void __launch_bounds__(kThreads, 4) adamw_8bit(const __grid_constant__ Params p) { adamw<true>(p); }

@@ -218,6 +218,9 @@ fn counts() {
             .map(|traffic| 32.0 * traffic.distinct_sectors as f64);
         assert!(moved[0] >= read && moved[0] <= read + 2.0 * 2048.0 + 512.0, "{counters}");
         assert_eq!(moved[1], written, "{counters}");
+        // In whole sectors, but for the two scales of a warp's moments: four bytes each.
+        let asked = 32.0 * counters.global_stores.sectors as f64;
+        assert!(asked <= written + if blockwise { (2 * len / 256 * 28) as f64 } else { 0.0 }, "{counters}");
     }
 }
 

@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t nearest(const float* map, float x) {
     return below + (x > middle || (x == middle && below % 2 == 1));
 }
 
-// Encodes a block, of which each lane of the warp has eight neighbours, and returns its scale; the lane's codes are `q`.
+// Encodes a block, of which each lane of the warp has eight elements, and returns its scale; the lane's codes are `q`.
 __device__ __forceinline__ float encode_dynamic(const float* map, float (&x)[8], uint32_t (&q)[2]) {
     const float absmax = stored_absmax(largest_of_lanes(magnitude(x), 32));
     if (absmax > 0.0f) {
