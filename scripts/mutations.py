@@ -59,7 +59,7 @@ MUTATIONS = [
      "if (lane == 0) sums[warp] = sum;\n    __syncthreads();", "if (lane == 0) sums[warp] = sum;", "absmax_quantize"),
     (BARRIER, "the map is searched before it is there", "absmax_quantize.cu",
      "map[threadIdx.x] = p.map[threadIdx.x];\n    __syncthreads();", "map[threadIdx.x] = p.map[threadIdx.x];", "absmax_quantize"),
-    (VALUE, "halfway between two values of the map, the odd one", "absmax_quantize.cu",
+    (VALUE, "halfway between two values of the map, the odd one", "dynamic_map.cuh",
      "below % 2 == 1)", "below % 2 == 0)", "absmax_quantize"),
     (BOUNDS, "codes past the end are stored", "absmax_quantize.cu",
      "if (i < count) p.q[first + i]", "p.q[first + i]", "absmax_quantize"),
@@ -108,13 +108,13 @@ MUTATIONS = [
     (BARRIER, "the sums of the group before are overwritten while they are added", "lora_shrink.cu",
      "? total : 0.0f;\n        }\n        __syncthreads();", "? total : 0.0f;\n        }", "lora_shrink"),
     (BOUNDS, "rows of A past the rank are read", "lora_shrink.cu",
-     "{r + g < adapter.rank ? left : 0,", "{left,", "lora_shrink"),
+     "{r + rows[0] < adapter.rank ? left : 0,", "{left,", "lora_shrink"),
     (BOUNDS, "columns of A and x past the end are read", "lora_shrink.cu",
      "if (first + i >= length) continue;", "", "lora_shrink"),
     (INDEX, "leaves of the sum are added twice", "lora_shrink.cu",
      "(j & 3) == 3 ? level[1][i] + one : one;", "(j & 3) == 3 ? level[1][i] + level[1][i] : one;", "lora_shrink"),
     (SCALE, "the adapter's scale is put in twice where parts are halves", "lora_shrink.cu",
-     "return parts == warps ? __fmul_rn(sum, adapter.scaling) : sum;", "return parts <= warps ? __fmul_rn(sum, adapter.scaling) : sum;", "lora_shrink"),
+     "return parts == warps ? __fmul_rn(sum, scaling) : sum;", "return parts <= warps ? __fmul_rn(sum, scaling) : sum;", "lora_shrink"),
 
     # lora_expand
     (BARRIER, "v is used before it is there", "lora_expand.cu",
@@ -167,11 +167,11 @@ MUTATIONS = [
      "do {\n                    __syncthreads();", "do {", "skinny"),
 
     # matmul
-    (WAIT, "one group of copies too many may be on its way", "matmul.cu",
+    (WAIT, "one group of copies too many may be on its way", "block_product.cuh",
      "ptx::wait_copies<Stages - 2>();", "ptx::wait_copies<Stages - 1>();", "matmul"),
-    (BARRIER, "warps read what others have copied, without meeting them", "matmul.cu",
+    (BARRIER, "warps read what others have copied, without meeting them", "block_product.cuh",
      "ptx::wait_copies<Stages - 2>();\n        __syncthreads();", "ptx::wait_copies<Stages - 2>();", "matmul"),
-    (BARRIER, "sums overwrite tiles that other warps still read", "matmul.cu",
+    (BARRIER, "sums overwrite tiles that other warps still read", "block_product.cuh",
      "float* staging = reinterpret_cast<float*>(memory);\n    __syncthreads();", "float* staging = reinterpret_cast<float*>(memory);", "matmul"),
     (LAYOUT, "chunks of a tile are not swizzled", "tile.cuh",
      "((chunk ^ (row & 1)) * 16)", "(chunk * 16)", "matmul"),
@@ -237,9 +237,35 @@ MUTATIONS = [
      "ptx::load_shared16(codes + (half ^ chunk) * 16), b = ", "ptx::load_shared16(codes + half * 16), b = ", "prefill"),
     (BOUNDS, "outputs past the end are stored", "prefill.cu",
      "if (token >= p.tokens || row >= p.n) continue;", "if (row >= p.n) continue;", "prefill"),
+
+    # lora_gradient, matmul_transposed, adamw, dora_gradient, orthogonality, expert_index
+    (BARRIER, "tokens are overwritten while other warps multiply them", "lora_gradient.cu",
+     "        __syncthreads();\n        sum.store(tile, position);", "        sum.store(tile, position);", "lora_gradient"),
+    (VALUE, "gradients of one chunk are not added to what was there", "lora_gradient.cu",
+     "*to = p.accumulate ? __fadd_rn(*to, sums[i][c][e]) : sums[i][c][e];", "*to = sums[i][c][e];", "lora_gradient"),
+    (MASK, "what dropout lets stay is dropped, and the rest stays", "lora_gradient.cu",
+     "of[j] >= p.dropout.threshold;", "of[j] < p.dropout.threshold;", "lora_gradient"),
+    (LAYOUT, "chunks of the transposed tile are not swizzled", "matmul_transposed.cu",
+     "(chunk ^ (row / 16 * 2 + row % 2)) * 16", "chunk * 16", "matmul_transposed"),
+    (MASK, "four elements are stored, however few there are", "adamw.cu",
+     "if (place.count[h] == 4) {\n            *reinterpret_cast<Four<T>*>(to) = four;", "if (place.count[h] > 0) {\n            *reinterpret_cast<Four<T>*>(to) = four;", "adamw"),
+    (BARRIER, "the maps of moments are used before they are there", "adamw.cu",
+     "maps[256 + threadIdx.x] = p.maps[256 + threadIdx.x];\n        __syncthreads();", "maps[256 + threadIdx.x] = p.maps[256 + threadIdx.x];", "adamw"),
+    (VALUE, "a step with a broken gradient is made", "adamw.cu",
+     "if (p.skip && p.status->not_finite >= 0) return;", "", "adamw"),
+    (VALUE, "the bias correction of the second moment is left out", "adamw.cu",
+     "__fdiv_rn(__fsqrt_rn(v[i]), p.correction)", "__fsqrt_rn(v[i])", "adamw"),
+    (BARRIER, "sums of warps are read before they are there", "dora_gradient.cu",
+     "    __syncthreads();\n", "", "dora_gradient"),
+    (BARRIER, "sums of warps are read before they are there", "orthogonality.cu",
+     "sums[threadIdx.x / 32] = value;\n    __syncthreads();", "sums[threadIdx.x / 32] = value;", "orthogonality"),
+    (VALUE, "the identity is not subtracted", "orthogonality.cu",
+     "(row == column ? 1.0 : 0.0)", "0.0", "orthogonality"),
+    (INDEX, "a row has the adapter of another token", "expert_index.cu",
+     "p.adapter[i / p.choices]", "p.adapter[i % p.choices]", "expert_index"),
 ]
 
 # The test binary of a module whose name is another.
-TESTS = {"matvec": "matmul", "skinny": "matmul"}
+TESTS = {"matvec": "matmul", "skinny": "matmul", "adamw": "adamw_device", "orthogonality": "orthogonality_device"}
 # What a module is compiled for, if not for every GPU.
 TARGETS = {"decode": "compute_90a", "prefill": "compute_90a"}
