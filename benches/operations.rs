@@ -101,6 +101,10 @@ fn merge(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((problem.n * problem.k) as u64));
         time(group, engine, BenchmarkId::new(name, "bf16"), |timer| engine.merge(problem, timer));
         time(group, engine, BenchmarkId::new(name, "nf4"), |timer| engine.nf4_merge(problem, timer));
+        time(group, engine, BenchmarkId::new(name, "nf4 again"), |timer| {
+            engine.nf4_requantize(problem, timer)
+        });
+        time(group, engine, BenchmarkId::new(name, "report"), |timer| engine.merge_report(problem, timer));
     });
 }
 

@@ -54,6 +54,40 @@ MUTATIONS = [
     (VALUE, "an infinite element leaves an infinite absmax", "encode.cuh",
      "return largest < __int_as_float(0x7f800000) ? largest", "return largest <= __int_as_float(0x7f800000) ? largest", "nf4_quantize"),
 
+    # merge_report
+    (BARRIER, "the first thread adds sums of warps that have not stored them", "merge_report.cu",
+     "of_warp[threadIdx.x / 32] = sums;\n        __syncthreads();", "of_warp[threadIdx.x / 32] = sums;", "merge_report"),
+    (SCALE, "the row scale is left out", "merge_report.cu",
+     "if (p.row_scale) scale(p.row_scale,", "if (false) scale(p.row_scale,", "merge_report"),
+    (MASK, "rows past the end count", "merge_report.cu",
+     "if (row + i >= matrix.rows || column >= matrix.columns) break;", "if (column >= matrix.columns) break;", "merge_report"),
+    (LAYOUT, "nested scales are compared by their indexes alone", "merge_report.cu",
+     "words(before.nested, after.nested, block >> before.nested_shift);", "", "merge_report"),
+    (INDEX, "the other nibble of a byte", "merge_report.cu",
+     "(differ >> (at % 2 ? 0 : 4) & 15) != 0", "(differ >> (at % 2 ? 4 : 0) & 15) != 0", "merge_report"),
+    (VALUE, "what is missed is counted from the weight", "merge_report.cu",
+     "__fma_rn(m - t, m - t, sums.error)", "__fma_rn(m - w, m - t, sums.error)", "merge_report"),
+    (BOUNDS, "tiles beyond the last are added", "merge_report.cu",
+     "i < p.tile_count; i += kTileThreads", "i <= p.tile_count; i += kTileThreads", "merge_report"),
+
+    # nf4_requantize
+    (BARRIER, "tables are read before they are there", "nf4_requantize.cu",
+     "p.before.codebook.value[threadIdx.x];\n        __syncthreads();", "p.before.codebook.value[threadIdx.x];", "nf4_requantize"),
+    (BARRIER, "a team's numbers are replaced while others read them", "nf4_requantize.cu",
+     "all += of_warp[warp];\n        }\n        __syncthreads();", "all += of_warp[warp];\n        }", "nf4_requantize"),
+    (MASK, "lanes past the end of a block count", "nf4_requantize.cu",
+     "if (i >= count) continue;", "", "nf4_requantize"),
+    (SCALE, "the scale before is not tried", "nf4_requantize.cu",
+     "attempt == 0 ? before[0] :", "attempt == 0 ? largest :", "nf4_requantize"),
+    (INDEX, "random numbers are the same in every element of a piece", "nf4_requantize.cu",
+     "uniform(p.seed, piece.first + j)", "uniform(p.seed, piece.first)", "nf4_requantize"),
+    (VALUE, "steps of the last price are taken from the end of the chunk's gains", "nf4_requantize.cu",
+     "int64_t left = rest - team.below(own, all);", "int64_t left = rest + 0 * team.below(own, all);", "nf4_requantize"),
+    (VALUE, "a chunk does not know what those before have gained", "nf4_requantize.cu",
+     "rest -= all;", "", "nf4_requantize"),
+    (BOUNDS, "the last piece is stored whole", "nf4_requantize.cu",
+     "for (int i = 0; i < (count + 1) / 2; ++i) p.packed", "for (int i = 0; i < 4; ++i) p.packed", "nf4_requantize"),
+
     # absmax_quantize
     (BARRIER, "the first warp adds sums that others have not stored", "absmax_quantize.cu",
      "if (lane == 0) sums[warp] = sum;\n    __syncthreads();", "if (lane == 0) sums[warp] = sum;", "absmax_quantize"),
@@ -266,6 +300,7 @@ MUTATIONS = [
 ]
 
 # The test binary of a module whose name is another.
-TESTS = {"matvec": "matmul", "skinny": "matmul", "adamw": "adamw_device", "orthogonality": "orthogonality_device"}
+TESTS = {"matvec": "matmul", "skinny": "matmul", "adamw": "adamw_device", "orthogonality": "orthogonality_device",
+         "merge_report": "merge_report_device"}
 # What a module is compiled for, if not for every GPU.
 TARGETS = {"decode": "compute_90a", "prefill": "compute_90a"}

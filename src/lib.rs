@@ -66,6 +66,8 @@
 //! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |
 //! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |
 //! | merge into 4-bit codes, or out of them | [`cpu::nf4_merge()`], [`cpu::nf4_merge_dense`] | [`cuda::nf4_merge`] |
+//! | a merged weight to 4-bit codes that keep more | [`cpu::nf4_requantize_scales`], [`cpu::nf4_requantize()`] | [`cuda::nf4_requantize`] |
+//! | what a merge has kept of its adapters | [`cpu::merge_report()`] | [`cuda::merge_report`] |
 //! | DoRA's `m` | [`cpu::dora_scale()`] | [`cuda::dora_scale`] |
 //!
 //! Training goes on from files and back to them in [`train`]: layers forward and backward, AdamW, AdaLoRA's allocation of ranks. On the

@@ -1,6 +1,7 @@
 //! The CPU's paths.
 
 use half::bf16;
+use lora_kernels::adapter::Rounding;
 use lora_kernels::cpu::{self, LowRank, MatmulExtras, Update, Weight};
 use lora_kernels::nf4;
 
@@ -71,5 +72,20 @@ impl Engine for Cpu {
         let mut packed = problem.plain.packed().to_vec();
         let mut absmax = problem.plain.absmax().dequantize().into_owned();
         timer(&mut || cpu::nf4_merge(&problem.plain, &update, &mut packed, &mut absmax).unwrap());
+    }
+
+    fn merge_report(&self, problem: &Problem, timer: Timer<'_>) {
+        let weight = problem.plain.dequantize::<f32>();
+        timer(&mut || drop(cpu::merge_report(&weight, &weight, &weight).unwrap()));
+    }
+
+    fn nf4_requantize(&self, problem: &Problem, timer: Timer<'_>) {
+        let (before, wanted) = (&problem.plain, problem.plain.dequantize::<f32>());
+        let mut packed = before.packed().to_vec();
+        let mut absmax = before.absmax().dequantize().into_owned();
+        timer(&mut || {
+            cpu::nf4_requantize_scales(before, &wanted, &mut absmax).unwrap();
+            cpu::nf4_requantize(before, &wanted, before.absmax(), Rounding::KeepGain, &mut packed).unwrap();
+        });
     }
 }

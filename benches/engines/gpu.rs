@@ -2,10 +2,11 @@
 
 use half::bf16;
 use lora_kernels::DType;
+use lora_kernels::adapter::Rounding;
 use lora_kernels::cuda::matmul::{Extras, WeightFormat};
 use lora_kernels::cuda::{
     AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, Nf4ViewMut, Queue, UpdateView,
-    lora_shrink, matmul, merge, nf4_dequantize, nf4_merge, nf4_quantize,
+    lora_shrink, matmul, merge, merge_report, nf4_dequantize, nf4_merge, nf4_quantize, nf4_requantize,
 };
 use lora_kernels::nf4::{Absmax, Nf4Matrix};
 use lora_kernels_devices::{Buffer, Device};
@@ -224,6 +225,53 @@ impl Engine for Gpu {
         timer(&mut || {
             let out = Nf4ViewMut { packed: packed.view_mut(), absmax: absmax.view_mut() };
             plan.run(self.queue(), &weights.next().unwrap().view(matrix), &update, out).unwrap();
+        });
+    }
+
+    fn merge_report(&self, problem: &Problem, timer: Timer<'_>) {
+        let Problem { n, k, .. } = *problem;
+        let matrix = &problem.plain;
+        let storage =
+            merge_report::Storage::Nf4 { blocksize: matrix.blocksize(), dtype: DType::BF16, nested: None };
+        let shape = merge_report::Shape { n, k, fan_in_fan_out: false, storage };
+        let plan = merge_report::plan(&shape, self.queue().properties()).unwrap();
+        let factors = self.upload_adapters(problem, 1);
+        let adapters = adapter_views(&factors);
+        let update = UpdateView { adapters: &adapters, row_scale: None };
+        let weights = self.copies(n * k / 2, || self.upload_nf4(matrix));
+        let merged = self.upload_nf4(matrix);
+        let (mut workspace, mut sums) = (self.device.alloc(plan.workspace_bytes()), self.device.alloc(1));
+        let mut weights = weights.iter().cycle();
+        timer(&mut || {
+            let (weight, merged) = (weights.next().unwrap().view(matrix), merged.view(matrix));
+            plan.run_nf4(self.queue(), &weight, &merged, &update, workspace.view_mut(), sums.view_mut())
+                .unwrap();
+        });
+    }
+
+    fn nf4_requantize(&self, problem: &Problem, timer: Timer<'_>) {
+        let Problem { n, k, .. } = *problem;
+        let (matrix, rounding) = (&problem.plain, Rounding::KeepGain);
+        let shape =
+            nf4_requantize::Shape { n, k, blocksize: matrix.blocksize(), dtype: DType::BF16, rounding };
+        let plan = nf4_requantize::plan(&shape, self.queue().properties()).unwrap();
+        let before = self.upload_nf4(matrix);
+        let wanted = matrix.dequantize::<f32>();
+        let wanted = self.copies(4 * n * k, || self.device.upload(&wanted));
+        let mut packed = self.device.alloc(matrix.packed().len());
+        let mut absmax = self.device.alloc(matrix.absmax().len());
+        let mut wanted = wanted.iter().cycle();
+        timer(&mut || {
+            let (before, wanted) = (before.view(matrix), wanted.next().unwrap().view());
+            plan.run_scales(self.queue(), &before, wanted, absmax.view_mut()).unwrap();
+            plan.run_codes(
+                self.queue(),
+                &before,
+                wanted,
+                AbsmaxView::Plain(absmax.view()),
+                packed.view_mut(),
+            )
+            .unwrap();
         });
     }
 }

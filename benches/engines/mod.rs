@@ -65,6 +65,10 @@ pub trait Engine {
     fn matmul(&self, problem: &Problem, m: usize, adapters: usize, timer: Timer<'_>);
     fn merge(&self, problem: &Problem, timer: Timer<'_>);
     fn nf4_merge(&self, problem: &Problem, timer: Timer<'_>);
+    /// The sums of a report, of a 4-bit weight and itself.
+    fn merge_report(&self, problem: &Problem, timer: Timer<'_>);
+    /// Scales by their error, and codes that keep the gain, of a 4-bit weight without a delta.
+    fn nf4_requantize(&self, problem: &Problem, timer: Timer<'_>);
 }
 
 /// The CPU, and the GPU where there is one.

@@ -63,10 +63,12 @@ pub use lora::{Lora, Scaling};
 pub use merge::{Merged, Target, Unmerged};
 pub use ranks::{Ranks, Spectrum};
 pub use report::MergeReport;
+pub(crate) use requantize::{Grid, SHARES, gain_bits};
 pub use requantize::{Requantize, Rounding, Scale};
 pub use stack::Stack;
 pub use svd::{Decomposition, Rank};
 pub use undo::{Restored, Undo};
+pub(crate) use update::panel_len;
 
 use crate::tensor::DataMut;
 use crate::{Error, Result, Tensor};

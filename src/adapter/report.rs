@@ -2,12 +2,15 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::AddAssign;
 
+use crate::{Error, Result};
+
 /// What a merge has kept of its adapters, in sums that add up: those of a model are the sums of its layers'.
 ///
 /// With the weight `W`, the wanted delta `D` (W plus D is the merged weight before it is rounded) and the realised one,
 /// `R = W' - W`. A 4-bit weight counts as what it decodes to in its dtype.
 ///
-/// Sums are in f64, over runs of a fixed length in their order: the bits do not depend on the number of threads.
+/// Sums are in f64, of terms whose R and R - D are rounded to f32, in an order that does not depend on the number of threads: neither do
+/// the bits, nor on the machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct MergeReport {
     /// Elements of the weight.
@@ -44,6 +47,19 @@ impl MergeReport {
     /// `|D| / |W|`.
     pub fn relative_delta(&self) -> f64 {
         if self.wanted == 0.0 { 0.0 } else { (self.wanted / self.weight).sqrt() }
+    }
+
+    /// The report, unless less of the adapters is left than `min_gain`, which 0.9 is a good value for.
+    ///
+    /// # Errors
+    /// [`Error::AdapterLost`], naming the weight as `argument`, when [`MergeReport::retained_gain`] is below `min_gain`, or NaN.
+    pub fn require(self, argument: &str, min_gain: f64) -> Result<Self> {
+        match self.retained_gain() >= min_gain {
+            true => Ok(self),
+            false => {
+                Err(Error::AdapterLost { argument: argument.to_owned(), wanted: min_gain, report: self })
+            }
+        }
     }
 
     /// The share of elements (of a 4-bit weight: codes) that the adapters have changed.

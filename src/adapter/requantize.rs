@@ -90,10 +90,7 @@ impl Pass<Nf4Matrix> for Requantize {
             direction: Direction::Merge,
         };
         let (weight, report) = quantizer.run()?;
-        if report.retained_gain() < self.min_gain {
-            return Err(Error::AdapterLost { argument: "weight".into(), wanted: self.min_gain, report });
-        }
-        Ok(Merged { weight, report })
+        Ok(Merged { weight, report: report.require("weight", self.min_gain)? })
     }
 
     fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<Nf4Matrix>> {
@@ -271,7 +268,13 @@ impl Quantizer<'_> {
             Rounding::Stochastic { seed } => {
                 grid.stochastic(seed, start, &panel.sum, blocksize, stored, ranks)
             }
-            Rounding::KeepGain => grid.compensate(panel, blocksize, stored, ranks),
+            Rounding::KeepGain => {
+                let (elements, bits) = (
+                    [&panel.sum[..], &panel.delta, &panel.weight],
+                    gain_bits(self.change.panel_len(blocksize)),
+                );
+                grid.compensate(elements, bits, blocksize, stored, ranks);
+            }
         }
         grid.coder.pack(ranks, packed);
         // What is stored, as it decodes.
@@ -307,37 +310,47 @@ struct Scratch {
 }
 
 /// The values of a codebook in ascending order.
-struct Grid<'a> {
-    coder: Coder<'a>,
-    values: [f32; 16],
+pub(crate) struct Grid<'a> {
+    pub coder: Coder<'a>,
+    pub values: [f32; 16],
 }
 
 /// Candidates for a block's scale, as shares of its largest magnitude.
-const SHARES: [f32; 12] = [1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 1.02, 1.05];
+pub(crate) const SHARES: [f32; 12] = [1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 1.02, 1.05];
 
 impl<'a> Grid<'a> {
-    fn new(codebook: &'a Codebook) -> Self {
+    pub fn new(codebook: &'a Codebook) -> Self {
         let values = codebook.codes().map(|code| codebook.values()[usize::from(code)]);
         Self { coder: Coder::new(codebook), values }
     }
 
     /// The squared error of a block that is stored with this scale, and the scale that would suit its codes best.
     fn try_scale(&self, block: &[f32], absmax: f32, ranks: &mut [u8]) -> (f64, f32) {
+        /// Side by side, then added pairwise: the order in which a warp adds them.
+        const LANES: usize = 32;
         self.coder.nearest(block, absmax, ranks);
-        let (mut error, mut product, mut norm) = (0.0f64, 0.0f64, 0.0f64);
-        for (x, &rank) in block.iter().zip(&*ranks) {
-            let value = self.values[usize::from(rank & 15)];
-            let (x, missed) = (f64::from(*x), f64::from(x - value * absmax));
-            error += missed * missed;
-            product += x * f64::from(value);
-            norm += f64::from(value * value);
+        let [mut error, mut product, mut norm] = [[0.0f64; LANES]; 3];
+        for (block, ranks) in block.chunks(LANES).zip(ranks.chunks(LANES)) {
+            for (lane, (&x, &rank)) in block.iter().zip(ranks).enumerate() {
+                let value = self.values[usize::from(rank & 15)];
+                let (missed, value) = (f64::from(x - value * absmax), f64::from(value));
+                error[lane] += missed * missed;
+                product[lane] += f64::from(x) * value;
+                norm[lane] += value * value;
+            }
         }
-        (error, (product / norm) as f32)
+        let sum = |mut lanes: [f64; LANES]| {
+            for step in [16, 8, 4, 2, 1] {
+                (0..step).for_each(|lane| lanes[lane] += lanes[lane + step]);
+            }
+            lanes[0]
+        };
+        (sum(error), (sum(product) / sum(norm)) as f32)
     }
 
     /// The scale with the least error: of the one before, shares of the largest magnitude, and what suits the codes of the
     /// best of these.
-    fn least_error(&self, block: &[f32], before: f32, largest: f32) -> f32 {
+    pub fn least_error(&self, block: &[f32], before: f32, largest: f32) -> f32 {
         let mut ranks = [0; 4096];
         let ranks = &mut ranks[..block.len()];
         let (mut best, mut best_error, mut refined) = (before, f64::INFINITY, before);
@@ -377,7 +390,7 @@ impl<'a> Grid<'a> {
     }
 
     /// Moves codes to the other neighbour of an element, as often as that makes the element their mean.
-    fn stochastic(
+    pub fn stochastic(
         &self,
         seed: u64,
         start: usize,
@@ -396,38 +409,66 @@ impl<'a> Grid<'a> {
         }
     }
 
-    /// Moves codes along the delta until the whole panel retains it.
-    fn compensate(&self, panel: &Panel, blocksize: usize, scales: &[f32], ranks: &mut [u8]) {
+    /// Moves codes along the delta until the whole panel retains it. Sums are of integers, multiples of a unit that leaves room for
+    /// a panel of [`gain_bits`]: they do not depend on an order.
+    pub fn compensate(
+        &self,
+        [wanted, delta, weight]: [&[f32]; 3],
+        gain_bits: u32,
+        blocksize: usize,
+        scales: &[f32],
+        ranks: &mut [u8],
+    ) {
         /// As many as a non-negative f32 has exponents and four bits of its mantissa.
         const BINS: usize = 1 << 12;
-        let value = |rank: u8, i: usize| self.values[usize::from(rank)] * scales[i / blocksize];
-        let mut missing = 0.0;
-        // What a step along the delta gains, its price in squared error per gain, and where it leads.
-        let mut steps = Vec::with_capacity(panel.sum.len());
-        let mut gains = vec![0.0f64; BINS];
-        for (i, (&x, &d)) in panel.sum.iter().zip(&panel.delta).enumerate() {
-            let stored = value(ranks[i], i);
-            missing += f64::from(d) * (f64::from(d) - f64::from(stored - panel.weight[i]));
-            let Some((to, step)) = self.step(ranks[i], d, scales[i / blocksize]) else { continue };
-            let price = ((step - 2.0 * (x - stored) * d.signum()) / d.abs()).max(0.0);
-            let (gain, bin) = (f64::from(step) * f64::from(d.abs()), (price.to_bits() >> 19) as usize);
-            gains[bin] += gain;
-            steps.push((i, to, gain, bin));
+        struct Step {
+            place: usize,
+            to: u8,
+            gain: f64,
+            /// Of the price: squared error per gain.
+            bin: usize,
         }
-        let mut gained = 0.0;
+        // Of each element what is missing of the delta, and what a step along it gains.
+        let (mut missing, mut steps) = (Vec::with_capacity(wanted.len()), Vec::with_capacity(wanted.len()));
+        for (i, ((&x, &d), &w)) in wanted.iter().zip(delta).zip(weight).enumerate() {
+            let absmax = scales[i / blocksize];
+            let stored = self.values[usize::from(ranks[i])] * absmax;
+            missing.push(f64::from(d) * f64::from(d - (stored - w)));
+            let Some((to, step)) = self.step(ranks[i], d, absmax) else { continue };
+            let along = 2.0 * (x - stored);
+            let price = (step - if d > 0.0 { along } else { -along }) / d.abs();
+            let bin = if price > 0.0 { (price.to_bits() >> 19) as usize } else { 0 };
+            steps.push(Step { place: i, to, gain: f64::from(step) * f64::from(d.abs()), bin });
+        }
+        let terms = missing.iter().map(|v| v.abs()).chain(steps.iter().map(|step| step.gain));
+        let top = terms.fold(0, |top, v| top.max(v.to_bits()));
+        if top == 0 {
+            return;
+        }
+        let unit = f64::from_bits((2045 + u64::from(gain_bits) - (top >> 52)) << 52);
+        let integer = |v: f64| (v * unit).round_ties_even() as i64;
+        let missing = missing.into_iter().map(integer).fold(0, i64::wrapping_add);
+        let mut gains = vec![0i64; BINS];
+        for Step { gain, bin, .. } in &steps {
+            gains[*bin] = gains[*bin].wrapping_add(integer(*gain));
+        }
+        if missing <= 0 {
+            return;
+        }
+        // Whatever is cheaper, and of one price the first.
+        let mut below = 0i64;
         let last = gains.iter().position(|gain| {
-            gained += gain;
-            gained >= missing
+            let enough = below.wrapping_add(*gain) >= missing;
+            below = if enough { below } else { below.wrapping_add(*gain) };
+            enough
         });
-        let last = last.unwrap_or(BINS);
-        // Whatever is cheaper first, and of one price the first.
-        let (cheaper, same): (Vec<_>, Vec<_>) =
-            steps.into_iter().filter(|(.., bin)| *bin <= last).partition(|(.., bin)| *bin < last);
-        for (i, to, gain, _) in cheaper.into_iter().chain(same) {
-            if missing > 0.5 * gain {
-                ranks[i] = to;
-                missing -= gain;
+        let (last, mut rest) = (last.unwrap_or(BINS), missing.wrapping_sub(below));
+        for Step { place, to, gain, bin } in steps.into_iter().filter(|step| step.bin <= last) {
+            let gain = if bin == last { integer(gain) } else { 0 };
+            if bin < last || gain != 0 && rest.wrapping_mul(2) > gain {
+                ranks[place] = to;
             }
+            rest = rest.wrapping_sub(gain);
         }
     }
 
@@ -444,6 +485,11 @@ impl<'a> Grid<'a> {
         let step = (self.values[to?] - self.values[from]).abs() * absmax;
         (step > 0.0).then_some((to? as u8, step))
     }
+}
+
+/// Bits of a gain as an integer, of which a panel of so many elements is added.
+pub(crate) fn gain_bits(panel: usize) -> u32 {
+    61 - panel.next_power_of_two().trailing_zeros()
 }
 
 /// A number of [0, 1) that depends on its arguments alone (SplitMix64, Steele et al. 2014).

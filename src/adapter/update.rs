@@ -71,7 +71,7 @@ impl Update {
 
     /// Rows of a panel: a multiple of `step`, [`PANEL`] elements or few more.
     pub fn panel_rows(&self, step: usize) -> usize {
-        (PANEL / self.shape()[1].max(1)).next_multiple_of(step).max(step)
+        panel_rows(self.shape()[1], step)
     }
 
     /// The factors in `R`, by the sides of the stored weight.
@@ -110,6 +110,17 @@ impl Update {
             if self.fan_in_fan_out { sum_rows(&squares.concat(), columns) } else { squares.concat() };
         squares.into_iter().map(f64::sqrt).collect()
     }
+}
+
+fn panel_rows(columns: usize, step: usize) -> usize {
+    (PANEL / columns.max(1)).next_multiple_of(step).max(step)
+}
+
+/// Elements of a panel of rows of a length: whole rows, and whole blocks of `blocksize`, a power of two.
+pub(crate) fn panel_len(columns: usize, blocksize: usize) -> usize {
+    // So many rows fill whole blocks.
+    let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
+    (panel_rows(columns, step) * columns).max(blocksize)
 }
 
 /// The two sides of a stored weight's update: `left`ᵀ `right`.

@@ -20,7 +20,9 @@ mod lora_shrink_transposed;
 mod matmul;
 mod matmul_transposed;
 mod merge;
+mod merge_report;
 mod nf4_merge;
+mod nf4_requantize;
 mod orthogonality;
 
 pub use adalora_gradient::{adalora_fold, adalora_gradient};
@@ -40,5 +42,7 @@ pub use lora_shrink_transposed::lora_shrink_transposed;
 pub use matmul::{Accumulate, LowRank, MatmulExtras, Truth, Weight, matmul, truth};
 pub use matmul_transposed::{TransposedExtras, matmul_transposed, truth_transposed};
 pub use merge::{Update, merge, unmerge};
+pub use merge_report::merge_report;
 pub use nf4_merge::{nf4_merge, nf4_merge_dense};
+pub use nf4_requantize::{nf4_requantize, nf4_requantize_scales};
 pub use orthogonality::{Vectors, orthogonality};

@@ -1,6 +1,8 @@
 //! Adapters into a dense weight, and out again. Bit for bit what [`cpu::merge`](crate::cpu::merge()) and
 //! [`cpu::unmerge`](crate::cpu::unmerge) do: f32 throughout, one rounding to the weight's type.
 //!
+//! [`merge_report`](super::merge_report) tells what rounding has left of the adapters.
+//!
 //! It reads and writes every weight once, which is the limit up to a rank of about 24 in all; above that, multiply-adds are.
 
 use bytemuck::{Pod, Zeroable};

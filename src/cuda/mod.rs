@@ -24,10 +24,12 @@ pub mod lora_shrink;
 pub mod matmul;
 pub mod matmul_transposed;
 pub mod merge;
+pub mod merge_report;
 mod nf4;
 pub mod nf4_dequantize;
 pub mod nf4_merge;
 pub mod nf4_quantize;
+pub mod nf4_requantize;
 pub mod orthogonality;
 mod queue;
 pub mod raw;
@@ -59,9 +61,11 @@ const KERNELS: &[&[Kernel]] = &[
     matmul::KERNELS,
     matmul_transposed::KERNELS,
     merge::KERNELS,
+    merge_report::KERNELS,
     nf4_dequantize::KERNELS,
     nf4_merge::KERNELS,
     nf4_quantize::KERNELS,
+    nf4_requantize::KERNELS,
     orthogonality::KERNELS,
 ];
 

@@ -146,7 +146,7 @@ impl Nf4View<'_> {
 
 impl AbsmaxView<'_> {
     /// Checks that these are the scales of `blocks` blocks, in the memory of `device`.
-    fn check(&self, blocks: usize, device: &Properties) -> Result<()> {
+    pub(super) fn check(&self, blocks: usize, device: &Properties) -> Result<()> {
         let nested = match self {
             AbsmaxView::Plain(absmax) => return absmax.check("absmax", blocks, 4, device),
             AbsmaxView::Nested(nested) => nested,

@@ -2,7 +2,8 @@
 //! [`cpu::nf4_merge`](crate::cpu::nf4_merge()) and [`cpu::nf4_merge_dense`](crate::cpu::nf4_merge_dense) do.
 //!
 //! Encoding again loses most of a small adapter: a change of less than half a step between two codes vanishes. A dense
-//! target keeps it. The absmax comes out as f32; [`absmax_quantize`](super::absmax_quantize) makes 8 bits of it.
+//! target keeps it, [`nf4_requantize`](super::nf4_requantize) more of it than this, and [`merge_report`](super::merge_report) tells how much,
+//! before the original is given up: the output is never the weight itself. The absmax comes out as f32; [`absmax_quantize`](super::absmax_quantize) makes 8 bits of it.
 
 use bytemuck::{Pod, Zeroable};
 
