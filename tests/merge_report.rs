@@ -73,7 +73,14 @@ fn check(
     for ((w, m), (d, magnitude)) in before.iter().zip(after).zip(delta) {
         let (r, off) = (m - w, roundings * F32 * magnitude);
         let terms = [w * w, d * d, r * d, (r - d).powi(2)];
-        let error = [0.0, (2.0 * d.abs() + off) * off, r.abs() * off, (2.0 * (r - d).abs() + off) * off];
+        // R is rounded to f32, and R - D again.
+        let (off_r, off_missed) = (F32 * r.abs(), off + F32 * (2.0 * r.abs() + (r - d).abs()));
+        let error = [
+            0.0,
+            (2.0 * d.abs() + off) * off,
+            r.abs() * off + off_r * (d.abs() + off),
+            (2.0 * (r - d).abs() + off_missed) * off_missed,
+        ];
         for i in 0..4 {
             sums[i] += terms[i];
             // Sums in f64 have at most as many roundings as elements.

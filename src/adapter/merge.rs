@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::requantize::Requantize;
-use super::update::{Sides, Update};
+use super::update::{Sides, Update, panel_len};
 use super::{Base, MergeReport, Stack, check_shape};
 use crate::nf4::Nf4Matrix;
 use crate::{DType, Element, Error, Result, Tensor};
@@ -203,10 +203,7 @@ impl<'a> Change<'a> {
 
     /// Elements of a panel: whole rows, and whole blocks of `blocksize`.
     pub(super) fn panel_len(&self, blocksize: usize) -> usize {
-        let columns = self.update.shape()[1];
-        // So many rows fill whole blocks.
-        let step = blocksize >> columns.trailing_zeros().min(blocksize.trailing_zeros());
-        (self.update.panel_rows(step) * columns).max(blocksize)
+        panel_len(self.update.shape()[1], blocksize)
     }
 
     /// Reads `len` elements of whole rows from element `start` on, merges or unmerges them, and hands them to `each` in runs of
@@ -376,33 +373,90 @@ impl<'a> Change<'a> {
 }
 
 impl Panel {
-    /// The report of a merge whose stored elements, widened, are in `sum` now; but for what is counted. Not [`vectorised`]: LLVM
-    /// makes code of it for AVX2 that takes four times as long as that for SSE2.
+    /// The report of a merge whose stored elements, widened, are in `sum` now; but for what is counted.
     pub fn report(&self) -> MergeReport {
-        // Side by side, for vectors.
-        const LANES: usize = 8;
-        let mut sums = [[0.0f64; LANES]; 4];
-        let mut add = |lane: usize, weight: f32, delta: f32, merged: f32| {
-            let [w, d, m] = [weight, delta, merged].map(f64::from);
-            let realised = m - w;
-            let missed = realised - d;
-            for (sum, term) in sums.iter_mut().zip([w * w, d * d, realised * d, missed * missed]) {
-                sum[lane] += term;
-            }
-        };
-        let (weight, weight_rest) = self.weight.as_chunks::<LANES>();
-        let (delta, delta_rest) = self.delta.as_chunks::<LANES>();
-        let (merged, merged_rest) = self.sum.as_chunks::<LANES>();
-        for ((weight, delta), merged) in weight.iter().zip(delta).zip(merged) {
-            for lane in 0..LANES {
-                add(lane, weight[lane], delta[lane], merged[lane]);
-            }
+        let mut sums = Sums::default();
+        let (weight, weight_rest) = self.weight.as_chunks();
+        let (delta, delta_rest) = self.delta.as_chunks();
+        let (merged, merged_rest) = self.sum.as_chunks();
+        sums.add(weight, delta, merged);
+        if !weight_rest.is_empty() {
+            // Zeros add nothing.
+            let fill = |rest: &[f32]| std::array::from_fn(|lane| rest.get(lane).copied().unwrap_or_default());
+            sums.add_scalar(&fill(weight_rest), &fill(delta_rest), &fill(merged_rest));
         }
-        for (lane, &weight) in weight_rest.iter().enumerate() {
-            add(lane, weight, delta_rest[lane], merged_rest[lane]);
-        }
-        let [weight, wanted, kept, error] = sums.map(|lanes| lanes.iter().sum());
+        let [weight, wanted, kept, error] = sums.0.map(|lanes| lanes.iter().sum());
         MergeReport { weight, wanted, kept, error, elements: self.sum.len() as u64, ..Default::default() }
+    }
+}
+
+/// `<W, W>`, `<D, D>`, `<R, D>` and `<R - D, R - D>`, in eight lanes each.
+///
+/// R and R - D are rounded to f32, so that f64 holds their products exactly: it makes no difference whether these are fused with the
+/// sums, and the bits are the same on every machine.
+#[derive(Default)]
+struct Sums([[f64; 8]; 4]);
+
+impl Sums {
+    fn add(&mut self, weight: &[[f32; 8]], delta: &[[f32; 8]], merged: &[[f32; 8]]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(simd) = pulp::x86::V3::try_new() {
+            return simd.vectorize(AddV3 { simd, sums: self, weight, delta, merged });
+        }
+        for ((weight, delta), merged) in weight.iter().zip(delta).zip(merged) {
+            self.add_scalar(weight, delta, merged);
+        }
+    }
+
+    fn add_scalar(&mut self, weight: &[f32; 8], delta: &[f32; 8], merged: &[f32; 8]) {
+        for lane in 0..8 {
+            let (w, d) = (weight[lane], delta[lane]);
+            let realised = merged[lane] - w;
+            let missed = realised - d;
+            for (sum, [x, y]) in self.0.iter_mut().zip([[w, w], [d, d], [realised, d], [missed, missed]]) {
+                sum[lane] += f64::from(x) * f64::from(y);
+            }
+        }
+    }
+}
+
+/// [`Sums::add_scalar`] of many, with AVX2: left to itself LLVM takes ten times as long.
+#[cfg(target_arch = "x86_64")]
+struct AddV3<'a> {
+    simd: pulp::x86::V3,
+    sums: &'a mut Sums,
+    weight: &'a [[f32; 8]],
+    delta: &'a [[f32; 8]],
+    merged: &'a [[f32; 8]],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl pulp::NullaryFnOnce for AddV3<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        use pulp::{cast, f32x4, f32x8, f64x4};
+        let Self { simd, sums, weight, delta, merged } = self;
+        let wide = |x: f32x8| -> [f64x4; 2] {
+            let halves: [f32x4; 2] = cast(x);
+            halves.map(|half| simd.convert_f32x4_to_f64x4(half))
+        };
+        let add = |sum: &mut [f64x4; 2], x: [f64x4; 2], y: [f64x4; 2]| {
+            *sum = [simd.mul_add_f64x4(x[0], y[0], sum[0]), simd.mul_add_f64x4(x[1], y[1], sum[1])];
+        };
+        let mut lanes: [[f64x4; 2]; 4] = cast(sums.0);
+        for ((weight, delta), merged) in weight.iter().zip(delta).zip(merged) {
+            let [w, d, m]: [f32x8; 3] = [cast(*weight), cast(*delta), cast(*merged)];
+            let realised = simd.sub_f32x8(m, w);
+            let missed = simd.sub_f32x8(realised, d);
+            let [w, d, realised, missed] = [wide(w), wide(d), wide(realised), wide(missed)];
+            add(&mut lanes[0], w, w);
+            add(&mut lanes[1], d, d);
+            add(&mut lanes[2], realised, d);
+            add(&mut lanes[3], missed, missed);
+        }
+        sums.0 = pulp::cast(lanes);
     }
 }
 
