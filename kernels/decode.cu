@@ -264,7 +264,7 @@ struct Consumer {
             }
         }
         // Once for two groups is enough: whoever comes here again has read what was left here last time.
-        hopper::sync_some<1, kConsumerThreads>();
+        hopper::sync_some<kConsumerThreads>(1);
         for (uint32_t i = thread; i < count * L::kTokens * kRows; i += kConsumerThreads) {
             const uint32_t j = i / (L::kTokens * kRows), token = i / kRows % L::kTokens, row = i % kRows;
             const uint32_t n = way.first_row(group + j) + row;
@@ -284,7 +284,7 @@ struct Consumer {
         ptx::wait_for_launch_before();
         ptx::let_next_launch_start();
         load_x(way.first_piece);
-        hopper::sync_some<1, kConsumerThreads>();
+        hopper::sync_some<kConsumerThreads>(1);
         const uint32_t thread = ptx::thread_now(), lane = thread % 32, warp = thread / 32;
         column = lane * 4;
         codes = layout.stages + lane / 4 * L::kCodeRow + warp * (4 * kSliceBytes) + lane % 4 * 8;

@@ -46,9 +46,9 @@ __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarr
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Waits for `Threads` threads of the block, those that name the same barrier (1..15).
-template <int Barrier, int Threads>
-__device__ __forceinline__ void sync_some() {
-    asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
+template <int Threads>
+__device__ __forceinline__ void sync_some(uint32_t barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
 }
 
 // --- Copies of bytes.
@@ -109,8 +109,9 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, u
 // --- Products of a warpgroup: d [64, N] (+)= a [64, 16] b [N, 16]^T in f32. Warp w holds rows 16 w to 16 w + 15; its lane
 // (g, t) holds d[g + 8 i][8 j + 2 t + e] in d[4 j + 2 i + e], and of a in registers what `ptx::mma_bf16` says.
 
-// A tile in shared memory whose rows are 128 bytes, 16-byte chunk c of row r lying at c ^ (r % 8); aligned to 1 KiB.
-// `+ 2` is 16 elements further along k.
+// A tile in shared memory whose lines are 128 bytes, 16-byte chunk c of line r lying at c ^ (r % 8); aligned to 1 KiB. Lines
+// are rows of a or b, and `+ 2` is 16 elements further along k. Or they are 64 rows of a at one k (`Columns` of the product),
+// and `+ 128` is 16 lines further.
 __device__ __forceinline__ uint64_t describe(uint32_t address) {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32, kUnused = uint64_t(1) << 16;
     return (address & 0x3ffff) >> 4 | kUnused | kEightRows | kSwizzle128;
@@ -148,7 +149,7 @@ struct Product;
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // X0 to X5: the names of the operands after d's: four registers of a (or, in X0, a descriptor), then b's descriptor, then
-// whether to add to what d holds.
+// whether to add to what d holds (and whether a's lines are its columns).
 #define PRODUCT(T, N, COUNT, X0, X1, X2, X3, X4, X5)                                                                          \
     template <>                                                                                                               \
     struct Product<T, N> {                                                                                                    \
@@ -159,12 +160,13 @@ struct Product;
                          : OUT##COUNT(0)                                                                                      \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                     \
         }                                                                                                                     \
+        template <bool Columns = false>                                                                                       \
         static __device__ __forceinline__ void add(float (&d)[COUNT], uint64_t a, uint64_t b, uint32_t add) {                 \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " X2 ", 0;\n"                                                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #T "." #T " {" D##COUNT "}, " X0 ", " X1           \
-                         ", p, 1, 1, 0, 0;}"                                                                                  \
+                         ", p, 1, 1, " X3 ", 0;}"                                                                             \
                          : OUT##COUNT(0)                                                                                      \
-                         : "l"(a), "l"(b), "r"(add));                                                                         \
+                         : "l"(a), "l"(b), "r"(add), "n"(int(Columns)));                                                      \
         }                                                                                                                     \
     };
 PRODUCT(f16, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")

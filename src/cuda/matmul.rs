@@ -31,10 +31,8 @@ use bytemuck::{Pod, Zeroable};
 use super::adapter_table::LowRankParams;
 use super::check::{blocks, dimension, find, read_only};
 use super::nf4::{Absmax, Values};
-use super::{
-    EncodedMap, Kernel, Launch, LowRank, Nf4View, Properties, Queue, Swizzle, Target, TensorMap, View,
-    ViewMut,
-};
+use super::prefill::{self, PrefillParams, Side};
+use super::{Kernel, Launch, LowRank, Nf4View, Properties, Queue, Target, View, ViewMut, dropout};
 use crate::nf4::check_blocksize;
 use crate::{DType, Element, Error, Result};
 
@@ -287,7 +285,7 @@ pub(super) struct Params {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct WeightParams {
-    data: u64,
+    pub data: u64,
     absmax: Absmax,
     codebook: Values,
     block_shift: u32,
@@ -305,16 +303,6 @@ pub(super) struct Output {
 }
 
 const _: () = assert!(size_of::<Params>() == 224);
-
-/// `PrefillParams` of `prefill.cu`.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct PrefillParams {
-    x: EncodedMap,
-    w: EncodedMap,
-    product: Params,
-    padding: [u64; 4],
-}
 
 /// Chooses the kernel, its tile, the grid and the number of splits.
 ///
@@ -487,73 +475,20 @@ impl Choice {
     }
 
     fn prefill(shape: &Shape, device: &Properties) -> Self {
-        const ROWS: usize = 128;
-        let codes = shape.weight != WeightFormat::Dense;
-        let (slices, blocks) = (shape.k.div_ceil(MATMUL_STEP), device.sm_count as usize);
-        let costs = if codes { &PREFILL_NF4 } else { &PREFILL_DENSE };
-        let choices = costs.iter().flat_map(|cost| {
-            let tiles = shape.tokens.div_ceil(cost.tokens) * shape.n.div_ceil(ROWS);
-            let most = blocks.checked_div(tiles).unwrap_or(1).min(slices / LEAST_SLICES).max(1);
-            (1..=most).map(move |splits| {
-                let rounds = (tiles * splits).div_ceil(blocks) * slices.div_ceil(splits);
-                let outputs = if splits > 1 { splits * shape.tokens * shape.n } else { 0 };
-                let finish = if splits > 1 { FINISH_START } else { 0 } + outputs as u64 / FINISH_OUTPUTS;
-                (cost.start + rounds as u64 * cost.slice + finish, splits, cost)
-            })
-        });
-        let (_, splits, cost) = choices.min_by_key(|&(time, splits, _)| (time, splits)).expect("three tiles");
-        // What a stage and the rest hold is spelled out in `Layout` of prefill.cu.
-        let tokens = cost.tokens;
-        let stage =
-            tokens * MATMUL_STEP * 2 + ROWS * if codes { MATMUL_STEP / 2 + 8 } else { MATMUL_STEP * 2 };
-        let table = if codes { 64 << 10 } else { 0 };
+        let Shape { tokens, n, k, weight, .. } = *shape;
+        let codes = weight != WeightFormat::Dense;
+        let prefill::Choice { tile, splits, shared_bytes } = prefill::choose(tokens, n, k, codes, device);
         Self {
             name: "prefill",
-            tile: Tile { tokens, rows: ROWS, step: MATMUL_STEP },
-            threads: 384,
-            shared_bytes: (cost.stages * (stage + 16) + table + 8 * 1024 + tokens * 4) as u32,
+            tile,
+            threads: prefill::THREADS,
+            shared_bytes,
             blocks_per_sm: 1,
             rounding: if codes { Rounding::Half } else { Rounding::Exact },
             grid: Grid::Units { splits },
         }
     }
 }
-
-/// What a tile of `prefill` takes on an H200, in nanoseconds.
-struct PrefillCost {
-    /// Tokens of a tile.
-    tokens: usize,
-    /// Slices of k in shared memory at a time.
-    stages: usize,
-    /// A launch with one tile for every block, but for its slices.
-    start: u64,
-    /// 64 elements of k.
-    slice: u64,
-}
-
-/// Lines through the times of `hmul_t64`, `hmul_t128`, `hmul_t256_j4` at 256 tokens and 4096 rows, k = 4096 and 14336, in
-/// `benches/results/2026-11-27-nvidia-h200-prefill.json`. The prototypes that were measured decode with one instruction
-/// less for each pair.
-const PREFILL_NF4: [PrefillCost; 3] = [
-    PrefillCost { tokens: 64, stages: 8, start: 4600, slice: 289 },
-    PrefillCost { tokens: 128, stages: 6, start: 5300, slice: 372 },
-    PrefillCost { tokens: 256, stages: 4, start: 6800, slice: 571 },
-];
-
-/// The same through `dense_t64`, `dense_t128`, `dense_t256`.
-const PREFILL_DENSE: [PrefillCost; 3] = [
-    PrefillCost { tokens: 64, stages: 8, start: 1800, slice: 258 },
-    PrefillCost { tokens: 128, stages: 6, start: 4500, slice: 291 },
-    PrefillCost { tokens: 256, stages: 4, start: 5500, slice: 574 },
-];
-
-/// What splits cost besides, in nanoseconds: measured were sums shared by two blocks of a cluster, 2 to 3 microseconds. Here
-/// a second kernel adds them; that it takes as long, and moves 500 sums in a nanosecond, is assumed.
-const FINISH_START: u64 = 2500;
-const FINISH_OUTPUTS: u64 = 500;
-
-/// Slices that a split has at least.
-const LEAST_SLICES: usize = 4;
 
 /// Blocks that share a sum of `steps` steps, so that `tiles` tiles make about `blocks` blocks.
 pub(super) fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
@@ -612,7 +547,8 @@ impl Plan {
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
             params: if kernel.module == "prefill" {
-                prefill = self.prefill_params(queue, params)?;
+                let dropout = dropout::Params::zeroed();
+                prefill = PrefillParams::new(queue, &self.shape, &self.tile, Side::Rows, params, dropout)?;
                 bytemuck::bytes_of(&prefill)
             } else {
                 bytemuck::bytes_of(&params)
@@ -639,30 +575,6 @@ impl Plan {
         };
         // SAFETY: as above; the workspace has room for the parts of all splits, which the first kernel has written.
         unsafe { queue.launch(&finish) }
-    }
-
-    /// What `prefill` takes: the product, and how x and W are copied.
-    fn prefill_params(&self, queue: &dyn Queue, product: Params) -> Result<PrefillParams> {
-        let Shape { tokens, n, k, weight, .. } = self.shape;
-        let matrix = |address, [rows, columns]: [usize; 2], element_bytes, box_dims: [u32; 2], swizzle| {
-            queue.encode(&TensorMap {
-                address,
-                element_bytes,
-                dims: &[columns as u64, rows as u64],
-                strides: &[(columns * element_bytes) as u64],
-                box_dims: &box_dims,
-                swizzle,
-            })
-        };
-        let (of_tokens, of_rows, step) =
-            (self.tile.tokens as u32, self.tile.rows as u32, self.tile.step as u32);
-        let x = matrix(product.x, [tokens, k], 2, [step, of_tokens], Swizzle::Bytes128)?;
-        let data = product.weight.data;
-        let w = match weight {
-            WeightFormat::Dense => matrix(data, [n, k], 2, [step, of_rows], Swizzle::Bytes128)?,
-            WeightFormat::Nf4 { .. } => matrix(data, [n, k / 2], 1, [step / 2, of_rows], Swizzle::Bytes32)?,
-        };
-        Ok(PrefillParams { x, w, product, padding: [0; 4] })
     }
 }
 

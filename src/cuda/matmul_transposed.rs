@@ -2,23 +2,30 @@
 //! product, and the low-rank branch of every token's adapter. (LoRA, arXiv:2106.09685: the derivative of
 //! `y = x Wᵀ + s (x Aᵀ) Bᵀ` by x, with `u = s dY B`.)
 //!
-//! W is read once for each tile of tokens and transposed on its way to the registers of the tensor cores; no transposed and no
-//! dequantised copy of it is made. Codes are decoded to what [`nf4_dequantize`](super::nf4_dequantize) gives.
+//! W is read once for each tile of tokens and transposed on its way to the tensor cores; no transposed and no dequantised copy of it
+//! is made. [`plan`] chooses between two kernels:
 //!
-//! On Hopper the same kernels run, by `mma.sync`, which reaches no more than about 62 % of the rate of products of warpgroups there.
-//! These could take W the same way (elements transposed by a bit of the operand's descriptor, codes by ldmatrix to the registers of
-//! the left operand); that kernel is not written.
+//! | kernel | for | how |
+//! |---|---|---|
+//! | `prefill_transposed` | on Hopper, 16-bit dY from 17 tokens on, rows of whole 16 bytes | the loop of `prefill` (see [`matmul`](mod@super::matmul)): products of warpgroups, which take the columns of a dense W as they lie; codes are decoded to the left operand's registers, as in `prefill` to [`Rounding::Half`] |
+//! | `matmul_transposed` | the rest | `mma.sync`; codes are decoded to what [`nf4_dequantize`](super::nf4_dequantize) gives. f32 dY has f32 products |
+//!
+//! `prefill_transposed` has run in the emulator only; its tile and splits are chosen by the times that were measured for `prefill`,
+//! and that it should serve from 17 tokens on is modelled, not measured. It takes u and A as sums of two bf16 each, which errs by less than
+//! 2⁻¹⁴ of `|u| |A|`; in `matmul_transposed` the branch's products are exact.
 //!
 //! Everything else is as in [`matmul`](mod@super::matmul): f32 sums over the rows of W in an order that the plan fixes, splits that
-//! a second kernel adds in their order, a token's outputs independent of the other tokens, one rounding at the end, exact
-//! products in the branch. f32 dY has f32 products.
+//! a second kernel adds in their order, a token's outputs independent of the other tokens, one rounding at the end.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::LowRankParams;
 use super::check::{blocks, dimension, find, read_only};
-use super::matmul::{self, FINISH_THREADS, Output, Params, Shape, Tile, Weight, WeightFormat, splits};
-use super::{Kernel, Launch, LowRank, Properties, Queue, View, ViewMut, dropout};
+use super::matmul::{
+    self, FINISH_THREADS, Output, Params, Rounding, Shape, Tile, Weight, WeightFormat, splits,
+};
+use super::prefill::{self, PrefillParams, Side};
+use super::{Kernel, Launch, LowRank, Properties, Queue, Target, View, ViewMut, dropout};
 use crate::cpu::Dropout;
 use crate::nf4::check_blocksize;
 use crate::{DType, Element, Error, Result};
@@ -42,10 +49,26 @@ pub(super) const KERNELS: &[Kernel] = &[
     kernel("matmul_transposed_dense_bf16_t64"),
     kernel("matmul_transposed_dense_bf16_t128"),
     kernel("matmul_transposed_dense_bf16_t64_ragged"),
+    prefill("prefill_transposed_nf4_f16_t64"),
+    prefill("prefill_transposed_nf4_f16_t128"),
+    prefill("prefill_transposed_nf4_f16_t256"),
+    prefill("prefill_transposed_nf4_bf16_t64"),
+    prefill("prefill_transposed_nf4_bf16_t128"),
+    prefill("prefill_transposed_nf4_bf16_t256"),
+    prefill("prefill_transposed_dense_f16_t64"),
+    prefill("prefill_transposed_dense_f16_t128"),
+    prefill("prefill_transposed_dense_f16_t256"),
+    prefill("prefill_transposed_dense_bf16_t64"),
+    prefill("prefill_transposed_dense_bf16_t128"),
+    prefill("prefill_transposed_dense_bf16_t256"),
 ];
 
 const fn kernel(entry: &'static str) -> Kernel {
     Kernel::new::<TransposedParams>("matmul_transposed", entry)
+}
+
+const fn prefill(entry: &'static str) -> Kernel {
+    Kernel::new::<PrefillParams>("prefill_transposed", entry)
 }
 
 /// Rows of W that one step of a kernel takes, and columns of W that a block has.
@@ -80,6 +103,8 @@ pub struct Details {
     pub shared_bytes: u32,
     /// Blocks that share a sum over n. Above 1, a second kernel adds their parts.
     pub splits: usize,
+    /// What W is rounded to.
+    pub rounding: Rounding,
     /// Whether rows of dY and W are read in pieces of 16 bytes. Otherwise ("ragged": k is not a multiple of 32 for codes, of 8 for
     /// dense 16-bit W, or n not one of 8) dY is read element by element, and W in pieces that are not aligned to its rows.
     pub vectors: bool,
@@ -113,43 +138,95 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     let codes = weight != WeightFormat::Dense;
     let f32 = dtype == DType::F32;
     let vectors = !f32 && n > 0 && n.is_multiple_of(8) && k.is_multiple_of(if codes { 32 } else { 8 });
-    let fills = |tile: usize| tokens.div_ceil(tile) * k.div_ceil(COLUMNS) >= device.sm_count as usize;
-    let tile = match tokens {
-        _ if f32 => Tile { tokens: F32_TILE, rows: F32_TILE, step: F32_STEP },
-        0..=16 if vectors => Tile { tokens: 16, rows: COLUMNS, step: STEP },
-        65.. if vectors && fills(128) => Tile { tokens: 128, rows: COLUMNS, step: STEP },
-        _ => Tile { tokens: 64, rows: COLUMNS, step: STEP },
-    };
-    // What a stage and the end hold is spelled out in `multiply_block` of block_product.cuh.
-    let (stages, row_bytes) = match (vectors, codes) {
-        (false, _) => (1, COLUMNS * 2),
-        (true, true) => (4, COLUMNS / 2),
-        (true, false) => (3, COLUMNS * 2),
-    };
-    let pipeline = stages * (tile.tokens * STEP * 2 + STEP * row_bytes);
-    let staging = tile.tokens * (COLUMNS + 4) * size_of::<f32>();
+    let hopper = Target::for_capability(device.capability)? == Target::Compute90a;
+    let Choice { name, variant, tile, threads, shared_bytes, splits, units } =
+        if hopper && vectors && tokens > 16 {
+            let prefill::Choice { tile, splits, shared_bytes } = prefill::choose(tokens, k, n, codes, device);
+            Choice {
+                name: "prefill_transposed",
+                variant: format!("_t{}", tile.tokens),
+                tile,
+                threads: prefill::THREADS,
+                shared_bytes,
+                splits,
+                units: true,
+            }
+        } else {
+            Choice::new(shape, vectors, device)
+        };
     let tiles = tokens.div_ceil(tile.tokens) as u64 * k.div_ceil(tile.rows) as u64;
-    let splits = splits(tiles, n.div_ceil(tile.step), u64::from(device.sm_count));
     let kind = if codes { "nf4" } else { "dense" };
-    let variant = match (f32, vectors) {
-        (true, _) => String::new(),
-        (false, true) => format!("_t{}", tile.tokens),
-        (false, false) => format!("_t{}_ragged", tile.tokens),
-    };
-    let entry = format!("matmul_transposed_{kind}_{dtype}{variant}");
+    let entry = format!("{name}_{kind}_{dtype}{variant}");
     Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         finish: (splits > 1).then(|| find(matmul::KERNELS, &format!("matmul_finish_{dtype}"))),
         tile,
-        grid: [blocks("tokens * k", tiles)?, splits as u32, 1],
-        threads: if f32 { 256 } else { 128 },
-        shared_bytes: if f32 { 0 } else { pipeline.max(staging) as u32 },
+        grid: match units {
+            true => [blocks("tokens * k", tiles * splits as u64)?.min(device.sm_count), 1, 1],
+            false => [blocks("tokens * k", tiles)?, splits as u32, 1],
+        },
+        threads,
+        shared_bytes,
         splits,
+        rounding: match (codes, units, f32) {
+            (false, ..) | (_, _, true) => Rounding::Exact,
+            (true, true, _) => Rounding::Half,
+            (true, false, _) => Rounding::ToInput,
+        },
         vectors,
         workspace_bytes: if splits > 1 { splits * tokens * k * size_of::<f32>() } else { 0 },
         dropout: None,
     }))
+}
+
+/// What a kernel has to say to a plan.
+struct Choice {
+    name: &'static str,
+    variant: String,
+    tile: Tile,
+    threads: u32,
+    shared_bytes: u32,
+    splits: usize,
+    /// Whether there are no more blocks than the device runs at once, which go through all tiles and splits; else one for each.
+    units: bool,
+}
+
+impl Choice {
+    /// `matmul_transposed`.
+    fn new(shape: &Shape, vectors: bool, device: &Properties) -> Self {
+        let Shape { tokens, n, k, dtype, weight } = *shape;
+        let f32 = dtype == DType::F32;
+        let fills = |tile: usize| tokens.div_ceil(tile) * k.div_ceil(COLUMNS) >= device.sm_count as usize;
+        let tile = match tokens {
+            _ if f32 => Tile { tokens: F32_TILE, rows: F32_TILE, step: F32_STEP },
+            0..=16 if vectors => Tile { tokens: 16, rows: COLUMNS, step: STEP },
+            65.. if vectors && fills(128) => Tile { tokens: 128, rows: COLUMNS, step: STEP },
+            _ => Tile { tokens: 64, rows: COLUMNS, step: STEP },
+        };
+        // What a stage and the end hold is spelled out in `multiply_block` of block_product.cuh.
+        let (stages, row_bytes) = match (vectors, weight) {
+            (false, _) => (1, COLUMNS * 2),
+            (true, WeightFormat::Nf4 { .. }) => (4, COLUMNS / 2),
+            (true, WeightFormat::Dense) => (3, COLUMNS * 2),
+        };
+        let pipeline = stages * (tile.tokens * STEP * 2 + STEP * row_bytes);
+        let staging = tile.tokens * (COLUMNS + 4) * size_of::<f32>();
+        let tiles = tokens.div_ceil(tile.tokens) as u64 * k.div_ceil(tile.rows) as u64;
+        Self {
+            name: "matmul_transposed",
+            variant: match (f32, vectors) {
+                (true, _) => String::new(),
+                (false, true) => format!("_t{}", tile.tokens),
+                (false, false) => format!("_t{}_ragged", tile.tokens),
+            },
+            tile,
+            threads: if f32 { 256 } else { 128 },
+            shared_bytes: if f32 { 0 } else { pipeline.max(staging) as u32 },
+            splits: splits(tiles, n.div_ceil(tile.step), u64::from(device.sm_count)),
+            units: false,
+        }
+    }
 }
 
 impl Plan {
@@ -206,13 +283,21 @@ impl Plan {
             splits: self.splits as u32,
         };
         let Some(kernel) = self.kernel else { return Ok(()) };
-        let params = TransposedParams { product, dropout: dropout::Params::new(self.dropout.as_ref()) };
+        let dropout = dropout::Params::new(self.dropout.as_ref());
+        let (transposed, prefill);
         let launch = Launch {
             kernel,
             grid: self.grid,
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
-            params: bytemuck::bytes_of(&params),
+            params: if kernel.module == "prefill_transposed" {
+                prefill =
+                    PrefillParams::new(queue, &self.shape, &self.tile, Side::Columns, product, dropout)?;
+                bytemuck::bytes_of(&prefill)
+            } else {
+                transposed = TransposedParams { product, dropout };
+                bytemuck::bytes_of(&transposed)
+            },
             overlap: false,
         };
         // SAFETY: the views cover what the kernel reads and writes: all were checked above, the adapters' factors when

@@ -31,6 +31,7 @@ pub mod nf4_merge;
 pub mod nf4_quantize;
 pub mod nf4_requantize;
 pub mod orthogonality;
+mod prefill;
 mod queue;
 pub mod raw;
 mod tensor_map;

@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "no test needs all of it")]
 #![allow(clippy::large_enum_variant, reason = "there are a few of them at a time")]
 
+pub mod transposed;
+
 use half::f16;
 use lora_kernels::cuda::{
     AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, lora_expand, lora_shrink, matmul,
