@@ -1,5 +1,5 @@
 //! The backward pass and the step: how long the kernels take at Llama-3-8B's projections, 4096 tokens and rank 16, bf16 activations
-//! over a 4-bit base with an f32 adapter. `cargo bench --bench training -- dx` runs a part.
+//! over a 4-bit base (and dX over a dense one) with an f32 adapter. `cargo bench --bench training -- dx` runs a part.
 //!
 //! Without a GPU the same code runs once on toy sizes, in the emulator, and its times mean nothing.
 
@@ -91,6 +91,15 @@ fn backward(criterion: &mut Criterion) {
                 plan.run::<bf16, f32>(queue, dy.view(), &weight, branch, dx.view_mut(), scratch).unwrap();
             });
         }
+
+        let dense = halves(n * k);
+        let shape = Shape { weight: WeightFormat::Dense, ..shape };
+        let plan = matmul_transposed::plan(&shape, properties).unwrap();
+        let mut scratch = device.alloc::<u8>(plan.workspace_bytes);
+        time("dx of dense", &mut || {
+            let (weight, scratch) = (Weight::Dense(dense.view()), scratch.view_mut());
+            plan.run::<bf16, f32>(queue, dy.view(), &weight, None, dx.view_mut(), scratch).unwrap();
+        });
 
         let (mut da, mut db) = (floats(rank * k), floats(n * rank));
         let mut buffer = device.alloc(GradientTable::bytes(1));

@@ -10,6 +10,7 @@ use lora_kernels::cuda::matmul::{self, WeightFormat};
 use lora_kernels::cuda::{AdapterTable, Kernel, LowRank, lora_expand, lora_shrink};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Counters, Device, Spec};
+use products::transposed::{run as run_transposed, with_dy};
 use products::{Factors, Problem, Weight, expand_shape};
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/COUNTERS.md");
@@ -28,7 +29,7 @@ machine, not how long that takes; times are in `benches/results`.
 * *instructions*: of PTX, executed by threads, per weight and tile of tokens that it is read for (per element of lora_a or lora_b for `lora_shrink`
   and `lora_expand`). Register moves count, which the machine mostly does not have; waits count as often as they are tried.
 * *read*, *written*: distinct 32-byte sectors of device memory over the fewest bytes that have to move: W, its absmax, x, the adapters, y (`lora_expand`
-  reads and writes y), or the parts of split sums. 1.00 is the least.
+  reads and writes y; `..._transposed` has dY in the place of x and dX in that of y), or the parts of split sums. 1.00 is the least.
 * *asked*: sectors asked for by all instructions over the same bytes; what is above *read* is answered by the cache.
 * *conflicts*: passes through the banks of shared memory that conflict-free accesses would not need, loads and stores, per hundred accesses.
 
@@ -98,22 +99,43 @@ impl Row {
 
 fn product<T: Element>(device: (&'static str, &Device), problem: &Problem<T>) -> Row {
     let outcome = problem.run(device.1);
-    let (plan, counters) = (outcome.plan, outcome.counters.unwrap());
+    let plan = outcome.plan;
     assert_eq!(plan.splits, 1, "the counts are those of the last launch");
+    row(device.0, problem, plan.kernel.unwrap(), plan.tile.tokens, outcome.counters.unwrap())
+}
+
+/// The same with the transposed weight: dY in the place of x, dX in the place of y.
+fn transposed<T: Element>(device: (&'static str, &Device), problem: Problem<T>) -> Row {
+    let problem = with_dy(problem);
+    let outcome = run_transposed(&problem, device.1);
+    let plan = outcome.plan;
+    assert_eq!(plan.splits, 1, "the counts are those of the last launch");
+    row(device.0, &problem, plan.kernel.unwrap(), plan.tile.tokens, outcome.counters.unwrap())
+}
+
+fn row<T: Element>(
+    device: &'static str,
+    problem: &Problem<T>,
+    kernel: Kernel,
+    tile: usize,
+    counters: Counters,
+) -> Row {
     let (size, weights) = (T::DTYPE.size(), problem.n * problem.k);
     let (weight, kind) = match &problem.weight {
         Weight::Dense(_) => (weights * size, "dense"),
         Weight::Nf4(nf4) => (nf4.packed().len() + nf4.absmax().len() * 4, "NF4"),
     };
-    let passes = problem.tokens.div_ceil(plan.tile.tokens);
+    // x and y, or dY and dX.
+    let (n, k) = (problem.n, problem.k);
+    let (inputs, outputs) = if problem.x.len() == problem.tokens * k { (k, n) } else { (n, k) };
     Row {
-        kernel: plan.kernel.unwrap(),
-        device: device.0,
-        what: format!("{} tokens, {kind} {} x {}", problem.tokens, problem.n, problem.k),
+        kernel,
+        device,
+        what: format!("{} tokens, {kind} {n} x {k}", problem.tokens),
         counters,
-        elements: (weights * passes) as f64,
-        read: (weight + problem.tokens * problem.k * size) as f64,
-        written: (problem.tokens * problem.n * size) as f64,
+        elements: (weights * problem.tokens.div_ceil(tile)) as f64,
+        read: (weight + problem.tokens * inputs * size) as f64,
+        written: (problem.tokens * outputs * size) as f64,
     }
 }
 
@@ -186,6 +208,11 @@ fn rows() -> Vec<Row> {
         product(ampere, &nf4(64, 16384, 256)),
         product(ampere, &nf4(512, 4096, 256)),
         product(ampere, &Problem::<bf16>::dense(512, 4096, 256)),
+        transposed(hopper, nf4(64, 512, 4096)),
+        transposed(hopper, nf4(512, 256, 4096)),
+        transposed(hopper, Problem::<bf16>::dense(512, 256, 4096)),
+        transposed(ampere, nf4(512, 256, 4096)),
+        transposed(ampere, Problem::<bf16>::dense(512, 256, 4096)),
     ];
     for (tokens, count, rank) in [(1, 1, 16), (16, 1, 64), (32, 32, 16)] {
         rows.extend(adapters(hopper, tokens, count, rank));

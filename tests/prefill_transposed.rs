@@ -188,7 +188,7 @@ fn adapters_of_slices() {
 fn blocks_go_from_tile_to_tile() {
     fn all<T: Element>() {
         for (tokens, n, k, tile, blocks) in
-            [(40, 320, 704, 64, 2), (64, 32, 1312, 64, 2), (100, 448, 512, 128, 2), (500, 1056, 160, 256, 1)]
+            [(40, 320, 704, 64, 2), (64, 32, 1312, 64, 2), (100, 448, 512, 128, 2), (500, 2080, 160, 256, 1)]
         {
             for problem in [Problem::<T>::nf4(tokens, n, k, 64), Problem::dense(tokens, n, k)] {
                 let problem = with_dy(problem.with_adapters(&[20, 3]));
@@ -340,8 +340,8 @@ fn nan_blocks_do_not_leak() {
 fn counts() {
     let device = Device::emulate(Spec { sm_count: 1, ..Spec::h200() });
     for (problem, entry, most) in [
-        (Problem::<bf16>::nf4(256, 2048, 128, 64), "prefill_transposed_nf4_bf16_t256", 10.0),
-        (Problem::<bf16>::dense(256, 4096, 128), "prefill_transposed_dense_bf16_t256", 3.0),
+        (Problem::<bf16>::nf4(256, 4096, 128, 64), "prefill_transposed_nf4_bf16_t256", 11.0),
+        (Problem::<bf16>::dense(256, 8704, 128), "prefill_transposed_dense_bf16_t256", 3.0),
     ] {
         let problem = with_dy(problem);
         let outcome = run(&problem, &device);
