@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use lora_kernels::adapter::{Adapter, Base, Difference, Extraction, Rank, Ranks, Spectrum};
 use lora_kernels::formats::bitsandbytes::{Parameter, Reader};
-use lora_kernels::formats::peft::{self, AdapterFile, Config, Patterns};
+use lora_kernels::formats::peft::{self, AdapterFile, Config};
 use lora_kernels::formats::safetensors::{Dtype, Layout};
 use lora_kernels::nf4::Nf4Matrix;
 use lora_kernels::{DType, Tensor};
 use serde_json::{Value, json};
 
 use crate::dequantize::stored;
-use crate::model::{Output, Source, Summary, number};
+use crate::model::{Output, Source, Summary, adapter_config, number};
 use crate::quantize::{CONV1D, EMBEDDINGS, HEADS, Out, dtype, mark, matrix};
 use crate::table::Table;
 
@@ -426,54 +426,13 @@ impl Pair {
         saved: &BTreeMap<String, Tensor>,
         arguments: &Arguments,
     ) -> Result<Config> {
-        // The commonest rank is that of the configuration, and modules with another are named.
-        let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
-        adapters.values().for_each(|adapter| *counts.entry(adapter.rank()).or_default() += 1);
-        let rank = counts.iter().max_by_key(|(_, count)| **count).map_or(1, |(rank, _)| *rank);
-        let targets = self.targets(adapters);
-        let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
-        let mut config = Config::lora(rank, rank as f64, &targets)?;
-        let others: Vec<(&String, usize)> = adapters
-            .iter()
-            .map(|(module, adapter)| (module, adapter.rank()))
-            .filter(|(_, r)| *r != rank)
-            .collect();
-        config.rank_pattern = Patterns::new(others.iter().map(|(module, r)| ((*module).clone(), *r)))?;
-        config.alpha_pattern =
-            Patterns::new(others.iter().map(|(module, r)| ((*module).clone(), *r as f64)))?;
-        config.fan_in_fan_out = self.fan_in_fan_out;
+        let mut config = adapter_config(&self.base, adapters)?;
         let modules: BTreeSet<&str> =
             saved.keys().filter_map(|name| Some(name.rsplit_once('.')?.0)).collect();
         config.modules_to_save = modules.into_iter().map(str::to_owned).collect();
-        let causal = self.base.config().get("architectures").and_then(Value::as_array).is_some_and(|list| {
-            list.iter().any(|name| name.as_str().is_some_and(|name| name.ends_with("ForCausalLM")))
-        });
-        if causal {
-            config.other.insert("task_type".into(), json!("CAUSAL_LM"));
-        }
         config.other.insert("base_model_name_or_path".into(), json!(arguments.base.display().to_string()));
         config.other.insert("inference_mode".into(), json!(true));
         Ok(config)
-    }
-
-    /// Names that choose the adapted modules and no others: the last part of a name where all modules of that name are adapted, else
-    /// whole names.
-    fn targets(&self, adapters: &BTreeMap<String, Adapter>) -> BTreeSet<String> {
-        let last = |module: &str| module.rsplit('.').next().unwrap_or(module).to_owned();
-        let mut others: BTreeSet<String> = BTreeSet::new();
-        for name in self.tuned.reader().parameters().keys() {
-            for (dot, _) in name.match_indices('.') {
-                let module = &name[..dot];
-                if !adapters.contains_key(module) {
-                    others.insert(last(module));
-                }
-            }
-        }
-        let target = |module: &String| match last(module) {
-            name if others.contains(&name) => module.clone(),
-            name => name,
-        };
-        adapters.keys().map(target).collect()
     }
 }
 

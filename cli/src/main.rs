@@ -7,10 +7,12 @@ use clap::{Parser, Subcommand};
 mod demo;
 mod dequantize;
 mod extract;
+mod initial;
 mod inspect;
 mod merge;
 mod model;
 mod quantize;
+mod reduce;
 mod size;
 mod table;
 mod tensors;
@@ -41,6 +43,15 @@ enum Command {
     Unmerge(unmerge::Arguments),
     /// Make an adapter of what tuning has changed in a model.
     Extract(extract::Arguments),
+    /// Bring an adapter to smaller ranks.
+    #[command(after_help = reduce::EXAMPLES, alias = "resize")]
+    Reduce(reduce::Arguments),
+    /// Quantise a model without its principal part, which becomes the adapter that training begins with (PiSSA).
+    #[command(after_help = initial::PISSA_EXAMPLES)]
+    Pissa(initial::Arguments),
+    /// Quantise a model, and make an adapter of what that loses for training to begin with (LoftQ).
+    #[command(after_help = initial::LOFTQ_EXAMPLES)]
+    Loftq(initial::LoftqArguments),
     /// Tell how large an adapter for a model is, and the model, from its config.json.
     Size(size::Arguments),
     /// Check this library against a folder of reference data.
@@ -64,6 +75,9 @@ fn main() -> ExitCode {
         Command::Merge(arguments) => merge::run(&arguments),
         Command::Unmerge(arguments) => unmerge::run(&arguments),
         Command::Extract(arguments) => extract::run(&arguments),
+        Command::Reduce(arguments) => reduce::run(&arguments),
+        Command::Pissa(arguments) => initial::pissa(&arguments),
+        Command::Loftq(arguments) => initial::loftq(&arguments),
         Command::Size(arguments) => size::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
     };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use lora_kernels::adapter;
 use lora_kernels::formats::bitsandbytes::{NestedState, Parameter, QuantState, Storage, config};
 use lora_kernels::formats::safetensors::Dtype;
 use lora_kernels::nf4::{self, Codebook, NESTED_BLOCKSIZE, Nesting, Nf4Matrix, QuantType};
@@ -241,6 +242,12 @@ impl Plan {
     /// Quantises rows.
     pub fn quantise(&self, rows: &Tensor) -> Result<Nf4Matrix> {
         Ok(Nf4Matrix::quantize_tensor(rows, self.blocksize, &self.codebook(), Nesting::Plain)?)
+    }
+
+    /// The same for the library's initial adapters.
+    pub fn quantisation(&self) -> adapter::Quantisation {
+        let (blocksize, nesting) = (self.blocksize, self.nesting);
+        adapter::Quantisation { blocksize, codebook: self.codebook(), nesting }
     }
 
     /// The table.

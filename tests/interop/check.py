@@ -536,6 +536,54 @@ def check_extracted(bases):
                 note(f"logits {off:.2g} off those of the tuned model, which moved by {moved:.2g}")
 
 
+def check_initial():
+    """4-bit bases and adapters that `lora-kernels pissa` and `loftq` make, as PEFT and bitsandbytes load them."""
+    source = DATA / "peft/llama/base"
+    dense = load_model(source)
+    plain = weights(load_model(command("quantize", source, "--double-quant", out="plain")))
+    for kind, options in [("pissa", []), ("loftq", ["--iterations", "3"])]:
+        with case("4-bit base and initial adapter, loaded by PEFT", kind) as note:
+            folder = command(kind, source, "--rank", 16, "--double-quant", *options, out=kind)
+            four = load_model(folder)
+            loaded = PeftModel.from_pretrained(four, folder, subfolder=f"{kind}_init", is_trainable=True).eval()
+            layers = [(n, m) for n, m in loaded.base_model.model.named_modules() if hasattr(m, "get_delta_weight") and m.lora_A]
+            check(len(layers) == len(in_4_bits(four)) == 14, f"{len(layers)} adapted layers")
+            shares = []
+            for name, layer in layers:
+                check(layer.lora_A["default"].weight.requires_grad, f"{name} is not trained")
+                wanted = dense.get_submodule(name).weight.data.double()
+                delta = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).data.double() * layer.scaling["default"]
+                rest = wanted - decode(layer.get_base_layer().weight, torch.float32).double() - delta
+                shares.append((rest.norm() / (wanted - plain[f"{name}.weight"].double()).norm()).item())
+            check(max(shares) < 1, f"with the adapter {max(shares)} of the error of 4 bits is left")
+            merged = load_model(command("merge", folder, folder / f"{kind}_init", "--dtype", "f32", out=f"{kind}-merged"))
+            off = (logits(loaded, INPUT_IDS) - logits(merged, INPUT_IDS)).abs().max().item()
+            check(off < 1e-4, f"logits are {off:.2g} off those of the merged model")
+            note(f"of the error of plain 4 bits {min(shares):.2f} to {max(shares):.2f} are left; logits {off:.2g} off those of our merged model")
+
+
+def check_reduced(bases):
+    """Adapters that `lora-kernels reduce` has brought to smaller ranks, as PEFT loads them."""
+    for name in ["llama/lora_r8a16", "llama/dora_r8", "llama/adalora_pruned", "gpt2/lora_fifo"]:
+        with case("reduced by us, loaded by PEFT", name) as note:
+            base = bases[name.split("/")[0]]
+            target = command("reduce", DATA / "peft" / name, "--rank", 3, out="reduced")
+            before, after = load_adapter(base, DATA / "peft" / name), load_adapter(base, target)
+            check(load_file(target / "adapter_model.safetensors").keys() <= state_dict(after).keys(), "PEFT has not taken every tensor")
+            worst, count = 0.0, 0
+            for module, layer in before.base_model.model.named_modules():
+                if not (hasattr(layer, "get_delta_weight") and layer.lora_A):
+                    continue
+                old = layer.get_delta_weight("default").data.double()
+                new = after.base_model.model.get_submodule(module).get_delta_weight("default").data.double()
+                left, sigma, right = torch.linalg.svd(old, full_matrices=False)
+                best = left[:, :3] * sigma[:3] @ right[:3]
+                worst, count = max(worst, ((new - best).norm() / old.norm()).item()), count + 1
+            # PEFT forms both deltas in f32, and a factor of ours is rounded to it.
+            check(count > 0 and worst < 1e-5, f"a delta is {worst:.2g} off the nearest of its rank")
+            note(f"{count} deltas within {worst:.2g} of the nearest of rank 3 by torch")
+
+
 def main():
     shutil.rmtree(WORK, ignore_errors=True)
     check_hf_folders()
@@ -551,6 +599,8 @@ def main():
     check_merge_four_bits()
     check_training()
     check_extracted(bases)
+    check_initial()
+    check_reduced(bases)
     failed = sum(outcome == "FAILED" for _, _, outcome, _ in rows)
     summary = f"{len(rows) - failed} passed, {failed} failed"
     print(summary)

@@ -4,6 +4,7 @@
 //! says what becomes of each parameter. [`rewrite`](fn@rewrite) takes a weight in slabs of rows, so that neither a model nor a weight need fit
 //! in memory.
 
+mod adapter_config;
 mod adapters;
 mod output;
 mod progress;
@@ -11,6 +12,7 @@ mod rewrite;
 mod source;
 mod undo;
 
+pub use adapter_config::{adapter_config, set_ranks};
 pub use adapters::{Adapters, cast};
 pub use output::Output;
 pub use progress::{Summary, number};
