@@ -64,3 +64,9 @@ for folder, part in [
     tensors = only(read(data / "peft" / folder / "adapter_model.safetensors"), part)
     raw = json.dumps(config, separators=(",", ":")).encode() + b"\0" + text(tensors)
     write("peft_adapter", folder.replace("/", "_"), raw)
+
+# A number of a merge alone is its real record; 128 more, and what follows is one.
+for merge in range(7):
+    write("undo_record", f"real_{merge}", bytes([merge]))
+write("undo_record", "edited", bytes([1, 200, 0, 1]))
+write("undo_record", "empty", bytes([128]))
