@@ -1,9 +1,10 @@
 """Whole models: `lora-kernels merge` and `quantize` beside PEFT, bitsandbytes and a copy of the file, on the CPU.
 
-    python benches/peers/merge.py --binary target/release/lora-kernels --work DIR [--result benches/results/NAME]
+    python benches/peers/merge.py --binary target/release/lora-kernels --work DIR [--memory DIR] [--result benches/results/NAME]
 
 Needs torch, transformers, peft and bitsandbytes (tests/interop/requirements.txt). It makes a Llama of 1 GB in bf16 with random
 weights and a LoRA of rank 16 on all its projections, and then takes turns: each program in a process of its own, best of --repeats.
+With --memory FOLDER, one in memory (a tmpfs; it needs 4 GB), it does so there first and then in --work, so that a slow disk hides nothing.
 A peer's time begins after its imports and ends when `save_pretrained` returns; ours and the copy's is that of the whole process, with
 everything brought to the disk. Peaks of memory are those of the processes (pages of mapped files included).
 """
@@ -100,24 +101,13 @@ def machine():
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--binary", required=True, type=pathlib.Path)
-    parser.add_argument("--work", required=True, type=pathlib.Path)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=pathlib.Path, help="writes RESULT.json and RESULT.md")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    if args.make:
-        return make(args.work)
-    base, adapter = args.work / "base", args.work / "adapter"
+def turns(args, work):
+    """The best of each program with everything in a folder, as rows, and the machine's load before each run."""
+    base, adapter, out = work / "base", work / "adapter", work / "out"
     if not adapter.exists():
         # In a process of its own: what starts others should be small, as they inherit its peak.
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
-    size = (base / "model.safetensors").stat().st_size
+        subprocess.run([sys.executable, __file__, "--binary", args.binary, "--work", work, "--make"], check=True)
     python = [sys.executable, "-c"]
-    out = args.work / "out"
     programs = {
         "copy": [*python, COPY, base, out],
         "merge: lora-kernels": [args.binary, "merge", base, adapter, "--out", out],
@@ -125,8 +115,7 @@ def main():
         "quantise: lora-kernels": [args.binary, "quantize", base, "--double-quant", "--out", out],
         "quantise: bitsandbytes": [*python, BITSANDBYTES, base, out],
     }
-    best = {}
-    loads = []
+    best, loads = {}, []
     for repeat in range(args.repeats):
         for name, command in programs.items():
             shutil.rmtree(out, ignore_errors=True)
@@ -143,30 +132,52 @@ def main():
         for name, (seconds, processor, peak) in best.items()
     ]
     ratios = {
-        "merge": best["merge: PEFT"][0] / best["merge: lora-kernels"][0],
-        "quantise": best["quantise: bitsandbytes"][0] / best["quantise: lora-kernels"][0],
+        "merge": round(best["merge: PEFT"][0] / best["merge: lora-kernels"][0], 2),
+        "quantise": round(best["quantise: bitsandbytes"][0] / best["quantise: lora-kernels"][0], 2),
     }
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    result = {
-        "date": str(datetime.date.today()), "machine": machine(), "bytes": size, "repeats": args.repeats, "load": [round(min(loads), 1), round(max(loads), 1)],
-        "versions": versions, "rows": rows, "peer_over_ours": {name: round(ratio, 2) for name, ratio in ratios.items()},
-    }
-    table = [
-        "| | seconds | times the copy | seconds of processors | peak memory |", "|---|---|---|---|---|",
-        *(f"| {row['program']} | {row['seconds']:.2f} | {row['times_copy']:.2f} | {row['processor_seconds']:.2f} | {row['peak_mib']} MiB |" for row in rows),
-    ]
-    print("\n".join(table))
-    print(", ".join(f"{name}: {ratio:.1f} times as fast as the peer" for name, ratio in ratios.items()))
+    return rows, ratios, loads
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--binary", required=True, type=pathlib.Path)
+    parser.add_argument("--work", required=True, type=pathlib.Path)
+    parser.add_argument("--memory", type=pathlib.Path, help="a folder in memory, to take turns in first")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=pathlib.Path, help="writes RESULT.json and RESULT.md")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.make:
+        return make(args.work)
+    places = {"memory": args.memory, "disk": args.work} if args.memory else {"disk": args.work}
+    result = {"date": str(datetime.date.today()), "machine": machine(), "repeats": args.repeats}
+    result["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    result |= {"rows": [], "peer_over_ours": {}}
+    text, all_loads = [], []
+    for place, work in places.items():
+        rows, ratios, loads = turns(args, work)
+        result["bytes"] = (work / "base" / "model.safetensors").stat().st_size
+        all_loads += loads
+        result["rows"] += [{"place": place} | row for row in rows]
+        result["peer_over_ours"][place] = ratios
+        text += [
+            "", f"## In a folder {'in memory' if place == 'memory' else 'on the disk'}", "",
+            "| | seconds | times the copy | seconds of processors | peak memory |", "|---|---|---|---|---|",
+            *(f"| {row['program']} | {row['seconds']:.2f} | {row['times_copy']:.2f} | {row['processor_seconds']:.2f} | {row['peak_mib']} MiB |" for row in rows),
+            "", f"Merging is {ratios['merge']:.1f} times as fast as PEFT, quantising {ratios['quantise']:.1f} times as fast as bitsandbytes.",
+        ]
+    result["load"] = [round(min(all_loads), 1), round(max(all_loads), 1)]
+    print("\n".join(text))
     if args.result:
         args.result.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         head = [
             f"# Whole models on the CPU, {result['date']}", "",
-            f"{result['machine']}; {', '.join(f'{name} {version}' for name, version in versions.items())}. A checkpoint of {size / 1e9:.2f} GB in bf16, a LoRA of rank "
-            f"{RANK} on all {7 * LAYERS} projections; best of {args.repeats}, taking turns. The load of the machine before a run was {result['load'][0]} to "
-            f"{result['load'][1]}. Made by `benches/peers/merge.py`, which says what is timed.", "",
+            f"{result['machine']}; {', '.join(f'{name} {version}' for name, version in result['versions'].items())}. A checkpoint of {result['bytes'] / 1e9:.2f} GB in bf16, "
+            f"a LoRA of rank {RANK} on all {7 * LAYERS} projections; best of {args.repeats}, taking turns. The load of the machine before a run was {result['load'][0]} to "
+            f"{result['load'][1]}. Made by `benches/peers/merge.py`, which says what is timed.",
         ]
-        tail = ["", f"Merging is {ratios['merge']:.1f} times as fast as PEFT, quantising {ratios['quantise']:.1f} times as fast as bitsandbytes."]
-        args.result.with_suffix(".md").write_text("\n".join(head + table + tail) + "\n")
+        args.result.with_suffix(".md").write_text("\n".join(head + text) + "\n")
 
 
 main()
