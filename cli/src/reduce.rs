@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use lora_kernels::DType;
-use lora_kernels::adapter::{Adapter, Rank};
+use lora_kernels::adapter::{Adapter, Lora, Rank};
 use lora_kernels::formats::peft::{self, AdapterFile, Method};
+use lora_kernels::{DType, Tensor};
 use serde_json::json;
 
 use crate::model::{Output, Summary, number, set_ranks};
@@ -44,6 +44,13 @@ pub struct Arguments {
     dtype: Option<DType>,
 }
 
+/// An update of rank 1 that is zero: what AdaLoRA has left of a module when it has pruned all its ranks.
+fn nothing(adapter: &Adapter, dtype: DType) -> lora_kernels::Result<Adapter> {
+    let zeros = |shape: [usize; 2]| Tensor::from_f32(shape, &vec![0.0; shape[0] * shape[1]], dtype);
+    let lora = Lora::new(zeros([1, adapter.in_features()])?, zeros([adapter.out_features(), 1])?, 1.0)?;
+    Ok(lora.with_fan_in_fan_out(adapter.fan_in_fan_out()).into())
+}
+
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<bool> {
     let mut summary = Summary::start();
@@ -74,10 +81,14 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
         let of_rank = |rank: Rank| adapter.decompose(rank).with_context(|| module.clone());
         let mut made = of_rank(wanted)?;
         if made.rank() == 0 {
-            // Nothing is enough; but files have no factors of rank 0.
+            // Nothing is enough; but files of LoRA have no factors of rank 0.
             made = of_rank(Rank::Number(1))?;
         }
-        let small = adapter.reduced(Rank::Number(made.rank()), dtype).with_context(|| module.clone())?;
+        let small = match adapter.rank() {
+            0 => nothing(adapter, dtype),
+            _ => adapter.reduced(Rank::Number(made.rank()), dtype),
+        };
+        let small = small.with_context(|| module.clone())?;
         let relative = if made.norm() == 0.0 { 0.0 } else { made.frobenius_error() / made.norm() };
         (norm, error) = (norm + made.norm().powi(2), error + made.frobenius_error().powi(2));
         let (from, to, energy) = (adapter.rank(), small.rank(), 1.0 - relative * relative);

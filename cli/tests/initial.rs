@@ -80,7 +80,7 @@ fn base_and_adapter_are_nearer_together() {
             let error = Difference::between(&base.nf4[&name], &weight).unwrap().rest(adapter).unwrap();
             let told = |key: &str| layer[key].as_f64().unwrap();
             assert!((told("error") - error).abs() <= 1e-12 * error, "{module}");
-            assert_eq!(told("plain_error"), wanted.plain_error, "{module}");
+            assert!((told("plain_error") - wanted.plain_error).abs() <= 1e-12 * error, "{module}");
             assert!(error < wanted.plain_error, "{module}: {error} of {}", wanted.plain_error);
             (plain, rest) = (plain + wanted.plain_error.powi(2), rest + error * error);
         }
@@ -141,7 +141,7 @@ const ADAPTERS: [&str; 8] = [
 /// Each module's update is the nearest of its rank, or the same where it had no more; all else stays.
 #[test]
 fn reduced_adapters_are_the_nearest() {
-    let set = Set::empty("reduce");
+    let (set, mut pruned) = (Set::empty("reduce"), 0);
     for (i, name) in ADAPTERS.into_iter().enumerate() {
         let (from, before) =
             (reference(&format!("peft/{name}")), peft::load(reference(&format!("peft/{name}"))).unwrap());
@@ -164,6 +164,17 @@ fn reduced_adapters_are_the_nearest() {
                 .collect();
             for (module, old) in &before.adapters {
                 let new = &after.adapters[module];
+                if old.decompose(rank).unwrap().rank() == 0 {
+                    // All its ranks were pruned; a file has one at least.
+                    assert_eq!(
+                        (new.rank(), layers[module.as_str()]["rank"].as_u64()),
+                        (1, Some(1)),
+                        "{name}: {module}"
+                    );
+                    assert!(new.delta().unwrap().iter().all(|d| *d == 0.0), "{name}: {module}");
+                    pruned += 1;
+                    continue;
+                }
                 let wanted = old.reduced(rank, old.lora_a().dtype()).unwrap();
                 assert_eq!(new, &wanted, "{name}: {module}");
                 assert!(new.rank() <= old.rank() && new.scaling() == 1.0, "{name}: {module}");
@@ -177,6 +188,7 @@ fn reduced_adapters_are_the_nearest() {
             }
         }
     }
+    assert!(pruned > 0);
 }
 
 #[test]
