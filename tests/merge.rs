@@ -3,9 +3,10 @@
 mod on_device;
 
 use half::{bf16, f16};
+use lora_kernels::adapter::{Lora, Restored, Undo};
 use lora_kernels::cuda::merge::{Direction, Shape, plan};
-use lora_kernels::cuda::{MAX_DELTAS, UpdateView};
-use lora_kernels::{DType, Element, cpu};
+use lora_kernels::cuda::{AdapterView, MAX_DELTAS, UpdateView};
+use lora_kernels::{DType, Element, Tensor, cpu};
 use lora_kernels_devices::Device;
 use on_device::{Adapter, Data, assert_refuses, assert_same_bits, elsewhere};
 
@@ -178,4 +179,33 @@ fn memory_is_touched_once() {
     assert_eq!(counters.global_loads.bytes as usize, weights + tiles * rank * (64 + 128) * 2);
     assert_eq!(counters.shared_loads.conflicts, 0);
     assert_eq!(counters.local_accesses, 0);
+}
+
+/// A record from the host undoes what a kernel has merged, to the bit.
+#[test]
+fn what_a_kernel_has_merged_is_undone() {
+    let (device, mut data) = (Device::best(), Data(10));
+    let (n, k, rank) = (70, 72, 3);
+    let (lora_a, lora_b) = (data.normal::<f32>(rank * k, 1.0), data.normal::<f32>(n * rank, 0.02));
+    let elements = data.normal::<bf16>(n * k, 0.05);
+    let weight = Tensor::from_f32([n, k], &bf16_to_f32(&elements), DType::BF16).unwrap();
+    let tensor = |shape, values: &[f32]| Tensor::from_f32(shape, values, DType::F32).unwrap();
+    let lora = Lora::new(tensor([rank, k], &lora_a), tensor([n, rank], &lora_b), 0.5).unwrap().into();
+
+    let (device_a, device_b) = (device.upload(&lora_a), device.upload(&lora_b));
+    let view = AdapterView { lora_a: device_a.view(), lora_b: device_b.view(), rank, scaling: 0.5 };
+    let shape = Shape { n, k, fan_in_fan_out: false, dtype: DType::BF16, direction: Direction::Merge };
+    let plan = plan(&shape, device.queue().properties()).unwrap();
+    let mut in_place = device.upload(&elements);
+    let update = UpdateView { adapters: &[view], row_scale: None };
+    plan.run_in_place(device.queue(), in_place.view_mut(), &update).unwrap();
+    let merged = Tensor::from_f32([n, k], &bf16_to_f32(&in_place.download()), DType::BF16).unwrap();
+    assert_ne!(merged, weight);
+    let undo = Undo::record(&[&lora], &weight, &merged).unwrap();
+    assert_eq!(undo.restore(&[&lora], &merged).unwrap(), Restored::Dense(weight));
+    assert!(undo.as_bytes().len() < n * k / 4, "{} bytes", undo.as_bytes().len());
+}
+
+fn bf16_to_f32(elements: &[bf16]) -> Vec<f32> {
+    elements.iter().map(|v| v.to_f32()).collect()
 }
