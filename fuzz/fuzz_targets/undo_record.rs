@@ -46,7 +46,9 @@ fn noise(seed: u32, shape: [usize; 2], size: f32, dtype: DType) -> Tensor {
 }
 
 static MERGES: LazyLock<Vec<Merge>> = LazyLock::new(|| {
-    let lora = Lora::new(noise(1, [2, SHAPE[1]], 0.1, DType::F32), noise(2, [SHAPE[0], 2], 0.1, DType::F32), 1.0).unwrap();
+    let lora =
+        Lora::new(noise(1, [2, SHAPE[1]], 0.1, DType::F32), noise(2, [SHAPE[0], 2], 0.1, DType::F32), 1.0)
+            .unwrap();
     let magnitude = Tensor::from_f32([SHAPE[0]], &[0.5, 0.4, 0.6, 0.5, 0.3], DType::F32).unwrap();
     let dora = Adapter::from(Dora::new(lora.clone(), magnitude).unwrap());
     let lora = Adapter::from(lora);
@@ -81,7 +83,12 @@ fn bits(restored: &Restored) -> Vec<u8> {
         Restored::Dense(tensor) => tensor.as_bytes().to_vec(),
         Restored::Nf4(matrix) => {
             let scales = matrix.absmax().dequantize();
-            matrix.packed().iter().copied().chain(scales.iter().flat_map(|scale| scale.to_le_bytes())).collect()
+            matrix
+                .packed()
+                .iter()
+                .copied()
+                .chain(scales.iter().flat_map(|scale| scale.to_le_bytes()))
+                .collect()
         }
     }
 }
