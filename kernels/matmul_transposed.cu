@@ -16,11 +16,8 @@ static_assert(sizeof(TransposedParams) == 248, "the Rust twin has this size");
 
 constexpr uint32_t kColumns = kRows;  // of w, of a block
 
-// The tile of elements: 64 rows of 16 chunks. The rows that ldmatrix reads together, two neighbours of each lane's 16, have
-// them in different places.
-__device__ __forceinline__ uint32_t transposed_offset(uint32_t row, uint32_t chunk) {
-    return row * kColumns * 2 + (chunk ^ (row / 16 * 2 + row % 2)) * 16;
-}
+// The tile of elements: 64 rows of 16 chunks. The eight rows that ldmatrix reads together have them in different places.
+__device__ __forceinline__ uint32_t transposed_offset(uint32_t row, uint32_t chunk) { return row * kColumns * 2 + (chunk ^ row % 8) * 16; }
 
 // Copies the slices' rows of a block's columns, `RowBytes` of each; zero outside of the matrix.
 template <int RowBytes>
@@ -58,27 +55,25 @@ __device__ __forceinline__ uint32_t operand_row(uint32_t half, uint32_t lane, ui
 // Elements of dy's type. The interface is DenseTile's.
 template <typename T, int, int>
 struct TransposedDense {
+    static constexpr bool kInOrder = true;
     static constexpr uint32_t kBytes = kSlice * kColumns * 2;
     SliceCopier<kColumns * 2> copier;
-    uint32_t tile, first;  // its shared address; the warp's first column
+    uint32_t tile;  // shared address of the lane's chunk
 
     __device__ __forceinline__ TransposedDense(const Params& p, uint32_t first_column, uint32_t) : copier(p, first_column) {}
 
     __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice) const { copier.copy(shared, slice, transposed_offset); }
     __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t) {}
-    __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t column, uint32_t) {
-        tile = shared, first = column;
+    // Of the four matrices of a multiplication the second has the next eight columns, the other two the next eight rows.
+    __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t column, uint32_t lane) {
+        tile = shared + transposed_offset(lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2);
     }
 
-    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t lane) const {
-        // Of one multiplication: columns 8 h ..., parts 2 j + p.
-        const uint32_t h = lane / 8 % 2, p = lane / 16;
+    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t) const {
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
 #pragma unroll
-            for (uint32_t j = 0; j < 2; ++j) {
-                ptx::load_transposed(tile + transposed_offset(operand_row(half, lane, 2 * j + p), first / 8 + 2 * i + h), w.a[i][j]);
-            }
+            for (uint32_t j = 0; j < 2; ++j) ptx::load_transposed((tile ^ i * 32) + transposed_offset(half * 32 + j * 16, 0), w.a[i][j]);
         }
     }
 
@@ -93,6 +88,7 @@ struct TransposedDense {
 // are in one block.
 template <typename T, int, int>
 struct TransposedCodes {
+    static constexpr bool kInOrder = false;
     static constexpr uint32_t kRowBytes = kColumns / 2, kBytes = kSlice * kRowBytes;
     SliceCopier<kRowBytes> copier;
     WarpDecoder decoder;

@@ -47,7 +47,15 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
 }
 
 // Four 8 x 8 matrices of 16-bit elements: lane l names the 16 bytes of row l % 8 of matrix l / 8. Lane (g, t) = (l / 4, l % 4)
-// gets elements [2t][g] and [2t + 1][g] of each: rows become columns.
+// gets elements [g][2t] and [g][2t + 1] of each.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The same, but elements [2t][g] and [2t + 1][g]: rows become columns.
 __device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&m)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])

@@ -1,12 +1,15 @@
 // Products of tiles in shared memory by tensor cores, k in slices of 64.
 //
-// The weight is the left operand and x the right one, so that a warp holds sums[row of w][token]. Inside a slice, lane
-// (g, t) = (lane / 4, lane % 4) takes the 16 elements from 16 t on of its rows g, g + 8, ... of w and of its tokens g,
-// g + 8, ..., where the instruction's own order would take eight pairs. Both operands agree, so the sum is the same, and
-// every operand is read from shared memory, or decoded, in whole vectors.
+// The weight is the left operand and x the right one, so that a warp holds sums[row of w][token]. A slice is taken in one of two
+// orders, the same for both operands, so that the sum is the same:
 //
-// A tile of 16-bit elements has rows of 64: eight chunks of 16 bytes, chunk c of row r lying at c ^ (r & 1). Then the
-// eight lanes that shared memory serves at a time, two rows by four chunks of one parity, find eight different places.
+// * `kInOrder`: that of the instruction, by ldmatrix, which leaves operands in neighbouring registers.
+// * The other: lane (g, t) = (lane / 4, lane % 4) takes the 16 elements from 16 t on of its rows g, g + 8, ... of w and of its tokens
+//   g, g + 8, ..., so that codes, which a lane decodes itself, and x are read from shared memory in whole vectors.
+//
+// A tile of 16-bit elements has rows of 64: eight chunks of 16 bytes, chunk c of row r lying at c ^ r % 8. Then the eight lanes that
+// shared memory serves at a time find eight different places, whether they have one chunk of eight rows, or of two neighbouring
+// rows four chunks of one parity.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +27,8 @@ constexpr uint32_t kWarpRows = 32;             // rows of w that a warp multipli
 
 // The offset of a chunk in a tile of 16-bit elements.
 __device__ __forceinline__ uint32_t tile_offset(uint32_t row, uint32_t chunk) {
-    return row * kTileRow + ((chunk ^ (row & 1)) * 16);
+    return row * kTileRow + (chunk ^ row % 8) * 16;
 }
-
 
 // The weights of a warp's 32 rows in half a slice: operands for two multiplications of each 16 rows.
 struct Operands {
@@ -43,15 +45,32 @@ struct Operands {
 };
 
 // sums[i][m] += 16 rows i of w by 8 tokens m, half a slice; `x` is the shared address of the tile of x.
-template <typename T, int Groups>
+template <typename T, bool InOrder, int Groups>
 __device__ __forceinline__ void multiply(const Operands& w, uint32_t x, uint32_t half, uint32_t lane, float (&sums)[2][Groups][4]) {
+    if constexpr (InOrder) {
+        const uint32_t from = x + tile_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-    for (int m = 0; m < Groups; ++m) {
-        const uint4 b = ptx::load_shared16(x + tile_offset(m * 8 + lane / 4, lane % 4 * 2 + half));
+        for (uint32_t j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            mma(T{}, sums[i][m], w.a[i][0], b.x, b.y);
-            mma(T{}, sums[i][m], w.a[i][1], b.z, b.w);
+            for (uint32_t m = 0; m < Groups; m += 2) {
+                uint32_t b[4];
+                ptx::load_matrices((from ^ (half * 4 + j * 2) * 16) + m * 8 * kTileRow, b);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    mma(T{}, sums[i][m], w.a[i][j], b[0], b[1]);
+                    mma(T{}, sums[i][m + 1], w.a[i][j], b[2], b[3]);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int m = 0; m < Groups; ++m) {
+            const uint4 b = ptx::load_shared16(x + tile_offset(m * 8 + lane / 4, lane % 4 * 2 + half));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                mma(T{}, sums[i][m], w.a[i][0], b.x, b.y);
+                mma(T{}, sums[i][m], w.a[i][1], b.z, b.w);
+            }
         }
     }
 }
@@ -107,9 +126,10 @@ struct RowCopier {
 // Dense weights of x's type.
 template <typename T, int Rows, int Threads>
 struct DenseTile {
+    static constexpr bool kInOrder = true;
     static constexpr uint32_t kBytes = Rows * kTileRow;
     RowCopier<Rows, kTileRow, Threads> copier;
-    uint32_t rows;  // shared address of the warp's rows
+    uint32_t rows;  // shared address of the lane's chunk of the warp's rows
 
     __device__ __forceinline__ DenseTile(const Params& p, uint32_t first_row, uint32_t) : copier(p.weight.data, first_row, p.n, p.k) {}
 
@@ -120,14 +140,17 @@ struct DenseTile {
 
     __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice) const { copier.copy(shared, slice, tile_offset); }
     __device__ __forceinline__ void fetch_scales(const Params&, uint32_t, uint32_t) {}
-    __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t row, uint32_t) { rows = shared + row * kTileRow; }
+    __device__ __forceinline__ void begin(const Params&, uint32_t shared, uint32_t, uint32_t row, uint32_t lane) {
+        rows = shared + row * kTileRow + tile_offset(lane % 16, lane / 16);
+    }
 
-    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t lane) const {
+    __device__ __forceinline__ void load(Operands& w, uint32_t half, uint32_t) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint4 v = ptx::load_shared16(rows + tile_offset(i * 8 + lane / 4, lane % 4 * 2 + half));
-            const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-            w.set(i / 2, i % 2, pairs);
+        for (uint32_t i = 0; i < 2; ++i) {
+#pragma unroll
+            for (uint32_t j = 0; j < 2; ++j) {
+                ptx::load_matrices((rows ^ (half * 4 + j * 2) * 16) + i * 16 * kTileRow, w.a[i][j]);
+            }
         }
     }
 };
@@ -135,6 +158,7 @@ struct DenseTile {
 // 4-bit codes, decoded to what the reference has: round_T(value * absmax).
 template <typename T, int Rows, int Threads>
 struct CodeTile {
+    static constexpr bool kInOrder = false;
     static constexpr uint32_t kRowBytes = kSlice / 2, kBytes = Rows * kRowBytes;
     RowCopier<Rows, kRowBytes, Threads> copier;
     WarpDecoder decoder;
@@ -195,7 +219,7 @@ __device__ __forceinline__ void multiply_slice(const Weights& weights, uint32_t 
     for (uint32_t half = 0; half < 2; ++half) {
         Operands w;
         weights.load(w, half, lane);
-        multiply<T>(w, x, half, lane, sums);
+        multiply<T, Weights::kInOrder>(w, x, half, lane, sums);
     }
 }
 
