@@ -160,7 +160,7 @@ pub fn merge_packages(dtype: DType, factors: Factors, t: &Merged) -> f64 {
     rounded(dtype, t.w, error + stored + scale_error_stored(dtype, &t.scale) * t.size)
 }
 
-/// `scaling * b @ a` in f32.
+/// `scaling * b @ a` in f32: the sum of `rank` products, the scale, and the product with it.
 pub fn delta(rank: usize, delta_size: f64) -> f64 {
     accumulation(rank + 2) * delta_size
 }

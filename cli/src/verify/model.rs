@@ -177,7 +177,10 @@ impl Pass<'_> {
             x = self.add(&x, &down);
         }
         let normed = self.norm("model.norm", &x, eps, false)?;
-        self.linear("lm_head", &normed)
+        match self.model.tensor("lm_head.weight", self.how)? {
+            Some(_) => self.linear("lm_head", &normed),
+            None => self.tied_head("model.embed_tokens", &normed),
+        }
     }
 
     fn gpt2(&mut self, tokens: &[i64]) -> Result<Option<Rows>> {
@@ -208,9 +211,7 @@ impl Pass<'_> {
             x = self.add(&x, &down);
         }
         let normed = self.norm("transformer.ln_f", &x, eps, true)?;
-        // The head is the table of words.
-        let table = self.weight("transformer.wte.weight")?;
-        self.product(&normed, |_| Ok(Layer::new(Frozen::Dense(table.clone()), None)))
+        self.tied_head("transformer.wte", &normed)
     }
 
     fn weight(&self, name: &str) -> Result<Tensor> {
@@ -261,23 +262,28 @@ impl Pass<'_> {
         self.zip(a, b, |a, b| a + b, |_, _, y| U * y.abs())
     }
 
-    /// Rows of a table; with an adapter on it, of the merged table, as PEFT adds it to the looked-up rows.
-    fn embed(&mut self, module: &str, tokens: &[i64]) -> Result<Option<Rows>> {
+    /// A table; with an adapter on it, the merged table.
+    fn table(&mut self, module: &str) -> Result<Option<Table>> {
         let table = self.weight(&format!("{module}.weight"))?;
         let [vocabulary, width] = *table.shape() else { bail!("{module}: wanted a matrix") };
-        let (mut exact, mut ours) = (table.to_f64(), table.to_f64());
-        let mut error = vec![0.0; exact.len()];
-        if let Some(adapter) = self.adapter(module) {
-            let layer =
-                Layer::new(Frozen::Dense(transposed(&table)?), None).with_adapter(adapter, DType::F32)?;
-            let merged = layer.merged(DType::F32);
-            let rows = |values: Vec<f64>| transpose(&values, width, vocabulary);
-            exact = rows(merged.iter().map(|t| t.w).collect());
-            error = rows(merged.iter().map(|t| bounds::merge(DType::F32, t)).collect());
-            let merged = self.engine.merge(Direction::Merge, &table, layer.low_rank(), None, true);
-            let Some(merged) = self.case.offered(merged)? else { return Ok(None) };
-            ours = merged.to_f64();
-        }
+        let Some(adapter) = self.adapter(module) else {
+            let (values, error) = (table.to_f64(), vec![0.0; table.numel()]);
+            return Ok(Some(Table { vocabulary, width, exact: values.clone(), error, ours: values }));
+        };
+        let layer = Layer::new(Frozen::Dense(transposed(&table)?), None).with_adapter(adapter, DType::F32)?;
+        let merged = layer.merged(DType::F32);
+        let rows = |values: Vec<f64>| transpose(&values, width, vocabulary);
+        let exact = rows(merged.iter().map(|t| t.w).collect());
+        let error = rows(merged.iter().map(|t| bounds::merge(DType::F32, t)).collect());
+        let merged = self.engine.merge(Direction::Merge, &table, layer.low_rank(), None, true);
+        let Some(merged) = self.case.offered(merged)? else { return Ok(None) };
+        Ok(Some(Table { vocabulary, width, exact, error, ours: merged.to_f64() }))
+    }
+
+    /// Rows of a table; PEFT adds an adapter's part to the looked-up rows.
+    fn embed(&mut self, module: &str, tokens: &[i64]) -> Result<Option<Rows>> {
+        let Some(table) = self.table(module)? else { return Ok(None) };
+        let (vocabulary, width) = (table.vocabulary, table.width);
         let row = |&token: &i64| {
             let token = usize::try_from(token).ok().filter(|&token| token < vocabulary);
             token.map(|token| token * width..(token + 1) * width).context("a token that is not in the table")
@@ -285,11 +291,32 @@ impl Pass<'_> {
         let rows: Vec<Range<usize>> = tokens.iter().map(row).collect::<Result<_>>()?;
         let look_up =
             |table: &[f64]| rows.iter().flat_map(|row| table[row.clone()].to_vec()).collect::<Vec<_>>();
-        let (exact, error, ours) = (look_up(&exact), look_up(&error), look_up(&ours));
+        let (exact, error, ours) = (look_up(&table.exact), look_up(&table.error), look_up(&table.ours));
         let moved = (0..RUNS)
             .map(|_| exact.iter().zip(&error).map(|(v, e)| v + e * self.random.number()).collect())
             .collect();
         Ok(Some(Rows { width, exact, moved, ours }))
+    }
+
+    /// A head whose weight is the table of words. Merging an adapter into the table changes it; beside the table, the adapter
+    /// only takes part where words are looked up.
+    fn tied_head(&mut self, module: &str, x: &Rows) -> Result<Option<Rows>> {
+        if self.how != How::Merged {
+            let table = self.weight(&format!("{module}.weight"))?;
+            return self.product(x, |_| Ok(Layer::new(Frozen::Dense(table.clone()), None)));
+        }
+        let Some(table) = self.table(module)? else { return Ok(None) };
+        self.product(x, |run| {
+            let values = match run {
+                Run::Ours => table.ours.clone(),
+                Run::Exact => table.exact.clone(),
+                Run::Moved(random) => {
+                    table.exact.iter().zip(&table.error).map(|(v, e)| v + e * random.number()).collect()
+                }
+            };
+            let weight = from_f64(&[table.vocabulary, table.width], &values)?;
+            Ok(Layer::new(Frozen::Dense(weight), None))
+        })
     }
 
     /// A linear layer of the model, with its adapter beside it or merged.
@@ -434,6 +461,16 @@ impl Pass<'_> {
             y
         })
     }
+}
+
+/// A table of words `[vocabulary, width]`, by the formula and by way of the engine.
+struct Table {
+    vocabulary: usize,
+    width: usize,
+    exact: Vec<f64>,
+    /// How far f32 may be from the formula.
+    error: Vec<f64>,
+    ours: Vec<f64>,
 }
 
 /// Which of the evaluations a layer is wanted for.

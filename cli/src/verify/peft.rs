@@ -211,7 +211,9 @@ impl<'a> Module<'a> {
         let (n, k) = layer.shape();
         let exact = truth::delta(layer.factor(), n, k);
         let formula: Vec<f64> = exact.iter().map(|d| d.0).collect();
-        let bound = |i: usize| bounds::delta(layer.factor().rank, exact[i].1);
+        // Of AdaLoRA, A is a product already, and what divides alpha is a sum.
+        let more = if matches!(self.adapter, Adapter::AdaLora(_)) { 2 } else { 0 };
+        let bound = |i: usize| bounds::delta(layer.factor().rank + more, exact[i].1);
         let stored = self.stored_rows("delta")?;
         case.close("delta (formula)", &stored, &formula, bound);
         let zero = Tensor::from_f32(self.weight.shape(), &vec![0.0; n * k], DType::F32)?;
