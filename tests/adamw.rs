@@ -228,6 +228,72 @@ fn nearest(map: &[f32; 256], values: &[f32], codes: &[u8], absmax: &[f32]) {
     }
 }
 
+/// Steps of bitsandbytes' AdamW8bit (`tests/peers/adamw8.py`), each from where it started: parameters, scales and codes of both
+/// lie where the formula says.
+#[test]
+fn as_bitsandbytes() {
+    let file = Fixture::open("../peers/adamw8");
+    assert_eq!((file.get("map.m"), file.get("map.v")), (DYNAMIC_MAP.to_vec(), UNSIGNED_DYNAMIC_MAP.to_vec()));
+    let (adamw, lr) = (AdamW { beta2: 0.99, weight_decay: 0.05, ..AdamW::default() }, 2e-3);
+    let mut other_codes = 0;
+    for step in 1..=6 {
+        let f32s = |name: &str| file.get::<f32>(&format!("{step}.{name}"));
+        let u8s = |name: &str| file.get::<u8>(&format!("{step}.{name}"));
+        let stored = |when: &str| Codes {
+            m: u8s(&format!("{when}.m")),
+            m_absmax: f32s(&format!("{when}.m_absmax")),
+            v: u8s(&format!("{when}.v")),
+            v_absmax: f32s(&format!("{when}.v_absmax")),
+        };
+        let (start, gradient, their_p, theirs) =
+            (f32s("before.p"), f32s("gradient"), f32s("after.p"), stored("after"));
+        let mut ours = if step == 1 { Codes::zeros(start.len()) } else { stored("before") };
+        let (m, v) = ours.decoded();
+        let mut p = start.clone();
+        let factors = adamw.step(lr, step).unwrap();
+        cpu::adamw(&factors, 1.0, &mut p, &gradient, ours.moments()).unwrap();
+
+        let truths: Vec<Truth> = (0..p.len())
+            .map(|i| {
+                let [p, g, m, v] = [start[i], gradient[i], m[i], v[i]].map(f64::from);
+                truth(&adamw, lr, step as i32, p, g, m, v)
+            })
+            .collect();
+        for (i, truth) in truths.iter().enumerate() {
+            close("our p", p[i], truth.p);
+            close("their p", their_p[i], truth.p);
+        }
+        let [m, v]: [Vec<(f64, f64)>; 2] =
+            [truths.iter().map(|t| t.m).collect(), truths.iter().map(|t| t.v).collect()];
+        for codes in [&ours, &theirs] {
+            nearest_to_truth(&DYNAMIC_MAP, &m, &codes.m, &codes.m_absmax);
+            nearest_to_truth(&UNSIGNED_DYNAMIC_MAP, &v, &codes.v, &codes.v_absmax);
+        }
+        let differ = |ours: &[u8], theirs: &[u8]| ours.iter().zip(theirs).filter(|(a, b)| a != b).count();
+        other_codes += differ(&ours.m, &theirs.m) + differ(&ours.v, &theirs.v);
+    }
+    // Both are right on a threshold; hardly any moment lies on one.
+    assert!(other_codes <= 10, "{other_codes} of {} codes", 6 * 2 * 900);
+}
+
+/// As [`nearest`], for moments that are known to within an error: that moves the value, and what is nearest to it, too.
+fn nearest_to_truth(map: &[f32; 256], truths: &[(f64, f64)], codes: &[u8], absmax: &[f32]) {
+    for (block, (truths, codes)) in truths.chunks(256).zip(codes.chunks(256)).enumerate() {
+        let largest = truths.iter().fold(0f64, |largest, t| largest.max(t.0.abs()));
+        let error = truths.iter().fold(0f64, |largest, t| largest.max(t.1));
+        let scale = f64::from(absmax[block]);
+        assert!((scale - largest).abs() <= error, "block {block}: {scale:e} {largest:e}");
+        for ((value, error), code) in truths.iter().zip(codes) {
+            let distance = |code: u8| (f64::from(map[usize::from(code)]) * scale - value).abs();
+            let best = (0..=255).map(distance).fold(f64::INFINITY, f64::min);
+            assert!(
+                distance(*code) <= best + 2.0 * error + 8.0 * U * scale,
+                "block {block}: {value:e} {code}"
+            );
+        }
+    }
+}
+
 /// A moment that is not finite makes its block so, and no other.
 #[test]
 fn not_finite() {
