@@ -172,7 +172,12 @@ impl Tensor {
     }
 }
 
-/// The product of a shape, unless it overflows.
+/// The product of a shape, unless it overflows. Nor may the product of sizes that are not 0, with room for bytes: rows of no
+/// rows have a size, too.
 pub(crate) fn numel(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+    let count = shape.iter().filter(|&&d| d > 0).try_fold(1usize, |n, &d| n.checked_mul(d))?;
+    if count > usize::MAX >> 4 {
+        return None;
+    }
+    Some(if shape.contains(&0) { 0 } else { count })
 }

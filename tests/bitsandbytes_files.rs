@@ -444,6 +444,13 @@ fn broken_containers_are_refused() {
             &["proj_a.bias", "shape"],
         ),
         (
+            "rows that overflow, of which there are none",
+            with(&format!(
+                r#""none":{{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[0,0]}},{entry}"#
+            )),
+            &["none", "shape"],
+        ),
+        (
             "offsets beyond the file",
             with(&entry.replace("[0,384]", "[0,99999999]")),
             &["proj_a.bias", "data_offsets"],
@@ -470,6 +477,10 @@ fn broken_containers_are_refused() {
         fs::write(&path, &bytes).unwrap();
         assert_refused(case, bitsandbytes::load(&path), &[parts, &["model.safetensors"]].concat());
     }
+    let path = folder.0.join("model.safetensors");
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert_refused("a folder", bitsandbytes::load(&folder.0), &["model.safetensors", "a file"]);
 }
 
 #[test]
