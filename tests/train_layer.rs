@@ -12,6 +12,8 @@ use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::train::{Gradient, Layer};
 use lora_kernels::{DType, Element, Error, Tensor};
 use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use training::{Batch, Sum, assert_close, round_to, roundings, widened};
 
 /// What the fast path gives for a batch over a weight.
@@ -122,6 +124,136 @@ proptest! {
         }
         check(&Batch::<f32, f32>::random(shape, &ranks, mixed, dropout, seed), nf4)?;
         check(&Batch::<bf16, f32>::random(shape, &ranks, mixed, dropout, seed), nf4)?;
+    }
+}
+
+/// A layer with DoRA or AdaLoRA, number by number.
+#[derive(Clone)]
+struct Numbers {
+    /// `[m, n, k]`.
+    shape: [usize; 3],
+    rank: usize,
+    scaling: f64,
+    x: Vec<f64>,
+    dy: Vec<f64>,
+    w: Vec<f64>,
+    a: Vec<f64>,
+    e: Vec<f64>,
+    b: Vec<f64>,
+    magnitude: Vec<f64>,
+    inverse_norm: Vec<f64>,
+}
+
+/// One of the numbers.
+type Pick = fn(&mut Numbers, usize) -> &mut f64;
+
+impl Numbers {
+    /// `Σ dY ⊙ y`, with y's row factor `magnitude / norm`. DoRA's norm stays what it is, as in training.
+    fn loss(&self) -> f64 {
+        let [m, n, k] = self.shape;
+        let dot = |x: &[f64], row: &[f64]| x.iter().zip(row).map(|(x, w)| x * w).sum::<f64>();
+        let mut loss = 0.0;
+        for (x, dy) in self.x.chunks(k).zip(self.dy.chunks(n)).take(m) {
+            let shrunk: Vec<f64> =
+                (0..self.rank).map(|r| dot(x, &self.a[r * k..][..k]) * self.e[r]).collect();
+            for (i, dy) in dy.iter().enumerate() {
+                let z = dot(x, &self.w[i * k..][..k])
+                    + self.scaling * dot(&shrunk, &self.b[i * self.rank..][..self.rank]);
+                loss += dy * self.magnitude[i] * self.inverse_norm[i] * z;
+            }
+        }
+        loss
+    }
+
+    /// The loss is linear in every single number, so its difference is its derivative.
+    fn derivative(&self, pick: Pick, i: usize) -> f64 {
+        let at = |by: f64| {
+            let mut changed = self.clone();
+            *pick(&mut changed, i) += by;
+            changed.loss()
+        };
+        at(0.5) - at(-0.5)
+    }
+
+    /// Without signs: derivatives are sums of magnitudes then.
+    fn magnitudes(&self) -> Self {
+        let mut numbers = Self { scaling: self.scaling.abs(), ..self.clone() };
+        let Self { x, dy, w, a, e, b, magnitude, .. } = &mut numbers;
+        for values in [x, dy, w, a, e, b, magnitude] {
+            values.iter_mut().for_each(|v| *v = v.abs());
+        }
+        numbers
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// DoRA and AdaLoRA in any shape, of rank 0, too: gradients are differences of the loss.
+    #[test]
+    fn differences_of_the_loss(
+        shape in [0usize..6, 1usize..10, 1usize..11],
+        rank in 0usize..6,
+        [dora, nf4]: [bool; 2],
+        seed: u64,
+    ) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut random = |shape: &[usize]| {
+            let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+            Tensor::from_f32(shape, &values, DType::F32).unwrap()
+        };
+        let [m, n, k] = shape;
+        let (x, dy, weight) = (random(&[m, k]), random(&[m, n]), random(&[n, k]));
+        let (a, b, e, magnitude) = (random(&[rank, k]), random(&[n, rank]), random(&[rank, 1]), random(&[n]));
+        let adapter: Adapter = match dora {
+            true => Dora::new(Lora::new(a.clone(), b.clone(), 0.75).unwrap(), magnitude.clone()).unwrap().into(),
+            false => AdaLora::new(a.clone(), e.clone(), b.clone(), 5.0, 7).unwrap().into(),
+        };
+        let quantised = Nf4Matrix::quantize(&weight.to_f32(), [n, k], 64, &Codebook::nf4(), Nesting::Nested).unwrap();
+        let (layer, weight) = match nf4 {
+            true => (Layer::new(&quantised, None).unwrap(), quantised.dequantize_tensor()),
+            false => (Layer::new(&weight, None).unwrap(), weight.clone()),
+        };
+        let ones = |count: usize| vec![1.0; count];
+        let norms = || Stack::new(&[&adapter], &weight).unwrap().row_scale().unwrap().to_vec();
+        let magnitudes = magnitude.to_f64();
+        let numbers = Numbers {
+            shape,
+            rank,
+            scaling: adapter.scaling(),
+            x: x.to_f64(),
+            dy: dy.to_f64(),
+            w: weight.to_f64(),
+            a: a.to_f64(),
+            e: if dora { ones(rank) } else { e.to_f64() },
+            b: b.to_f64(),
+            inverse_norm: if dora { norms().iter().zip(&magnitudes).map(|(scale, m)| scale / m).collect() } else { ones(n) },
+            magnitude: if dora { magnitudes } else { ones(n) },
+        };
+
+        let (x, dy) = (x.to_f32(), dy.to_f32());
+        let forward = layer.forward(&adapter, &x, m, None).unwrap();
+        let (mut gradient, mut dx) = (Gradient::zeros(&adapter), vec![f32::NAN; m * k]);
+        layer.backward(&adapter, [&x, &dy], &forward, &mut gradient, Some(&mut dx)).unwrap();
+        let sizes = numbers.magnitudes();
+        // As for what PEFT gave, below.
+        let share = 1.01 * roundings(m + n + k + rank + 12);
+        let check = |what: &str, got: &[f32], pick: Pick| {
+            for (i, got) in got.iter().enumerate() {
+                let (truth, size) = (numbers.derivative(pick, i), sizes.derivative(pick, i));
+                // The difference itself has some f64 roundings of the whole loss.
+                let bound = share * size + 1e-13 * (1.0 + sizes.loss());
+                prop_assert!((f64::from(*got) - truth).abs() <= bound, "{what}[{i}]: {got}, not {truth} of {size}");
+            }
+            Ok(())
+        };
+        check("dX", &dx, |n, i| &mut n.x[i])?;
+        check("dA", gradient.get("lora_A").unwrap(), |n, i| &mut n.a[i])?;
+        check("dB", gradient.get("lora_B").unwrap(), |n, i| &mut n.b[i])?;
+        match dora {
+            true => check("dm", gradient.get("lora_magnitude_vector").unwrap(), |n, i| &mut n.magnitude[i])?,
+            false => check("dE", gradient.get("lora_E").unwrap(), |n, i| &mut n.e[i])?,
+        }
     }
 }
 
