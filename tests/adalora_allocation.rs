@@ -176,6 +176,48 @@ fn the_whole_run() {
     }
 }
 
+/// A training with PEFT (`tests/peers/adalora.py`), step by step: its scores, but for the order of sums, and its ranks, of which
+/// one module has none in the end.
+#[test]
+fn as_peft() {
+    let file = Fixture::open("../peers/adalora");
+    let (beta1, beta2) = (0.85, 0.85);
+    let schedule = RankSchedule {
+        init_r: 5,
+        target_r: 2,
+        tinit: 2,
+        tfinal: 4,
+        delta_t: 3,
+        total_step: 16,
+        beta1,
+        beta2,
+    };
+    let modules = ["up", "down"].map(str::to_owned);
+    let mut allocator: Option<RankAllocator> = None;
+    for step in 0..16 {
+        let mut adapters = adapters(&file, step, &modules);
+        let gradients = gradients(&file, step, &adapters);
+        let allocator = allocator.get_or_insert_with(|| RankAllocator::new(schedule, &adapters).unwrap());
+        allocator.step(step as u64, &mut adapters, &gradients).unwrap();
+        for module in &modules {
+            let Adapter::AdaLora(adalora) = &adapters[module] else { unreachable!() };
+            let masked = file.get::<f32>(&format!("step{step}.{module}.masked"));
+            assert_eq!(adalora.lora_e().to_f32(), masked, "{module} step {step}");
+            // With the last allocation, at step 12, the scores are forgotten.
+            let name = format!("step{step}.{module}.score");
+            if step < 12 && file.has(&name) {
+                let ours = &allocator.scores().unwrap()[module];
+                // Products, means of at most 11 of them, and two sums.
+                for (ours, theirs) in ours.iter().zip(file.get::<f32>(&name)) {
+                    assert!((ours - theirs).abs() <= 16.0 * f32::EPSILON * theirs, "{name}: {ours} {theirs}");
+                }
+            }
+        }
+    }
+    let kept = |module: &str| allocator.as_ref().unwrap().kept()[module].iter().filter(|kept| **kept).count();
+    assert_eq!([kept("up"), kept("down")], [0, 4]);
+}
+
 /// PEFT's masks from PEFT's scores, over all six modules: the threshold, and the pattern in the end.
 #[test]
 fn masks() {
