@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use lora_kernels::adapter::Adapter;
 use lora_kernels::formats::bitsandbytes::{Parameter, QuantState, Reader};
 use lora_kernels::formats::peft::{self, AdapterFile};
@@ -22,7 +22,10 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<bool> {
     let path = &arguments.path;
     match adapter_folder(path) {
-        Some(folder) => print_adapter(folder, &peft::load(folder)?),
+        Some(folder) => {
+            let file = peft::load(folder).with_context(|| folder.display().to_string())?;
+            print_adapter(folder, &file);
+        }
         None if path.is_dir() && !is_model(path) => bail!(
             "{}: wanted {} (an adapter), or model.safetensors or its index (a model)",
             path.display(),

@@ -114,4 +114,11 @@ fn inspect_says_what_is_wrong() {
     let output = run(&["inspect", set.path("nf4_checkpoint/bare.safetensors").to_str().unwrap()]);
     assert_eq!(output.code, Some(1));
     assert!(output.stderr.contains("bare.safetensors"), "{}", output.stderr);
+
+    let set = Set::of("inspect-adapter", &["peft/llama/dora_r8"]);
+    set.edit_json("peft/llama/dora_r8/adapter_config.json", |config| config["r"] = 0.into());
+    let output = run(&["inspect", set.path("peft/llama/dora_r8").to_str().unwrap()]);
+    assert_eq!(output.code, Some(1));
+    let wanted = "peft/llama/dora_r8: adapter_config.json: r: wanted a whole number above 0, got 0";
+    assert!(output.stderr.contains(wanted), "{}", output.stderr);
 }
