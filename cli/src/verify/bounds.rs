@@ -62,16 +62,18 @@ fn spread(s: &Scale) -> f64 {
 /// terms, the low-rank products `k` and then `rank`; a handful of single roundings (scaling, sums, bias, row factor) is
 /// counted into the number of terms.
 fn forward_f32(t: &Output) -> f64 {
-    let base = accumulation(t.k + 6) * (t.base_size + t.bias);
+    let base = accumulation(t.k + 6) * (t.base_size + t.bias + t.adapter_bias);
     let lora = accumulation(t.k + t.rank + 8) * t.lora_size;
     spread(&t.scale) * (base + lora)
         + scale_error(&t.scale) * t.scale.value.abs() * (t.base.abs() + t.lora_size)
 }
 
-/// Our forward pass in `dtype`: f32 inside, one rounding at the end, and what the device says of its operands.
+/// Our forward pass in `dtype`: f32 inside, one rounding at the end, one of a bias that is the sum of two, and what the device says
+/// of its operands.
 pub fn forward(dtype: DType, slack: Slack, t: &Output) -> f64 {
     let operands = t.scale.value.abs() * (slack.weight * t.base_size + slack.low_rank * t.shrunk_size);
-    rounded(dtype, t.y, forward_f32(t) + operands * (1.0 + dtype.unit_roundoff()))
+    let bias = if t.adapter_bias > 0.0 { dtype.unit_roundoff() * (t.bias + t.adapter_bias) } else { 0.0 };
+    rounded(dtype, t.y, forward_f32(t) + bias + operands * (1.0 + dtype.unit_roundoff()))
 }
 
 /// One element of AdamW's step number `step` in f64, from `[p, g, m, v]`: the new `[p, m, v]`, each with what f32 may be off by.
@@ -111,10 +113,11 @@ pub fn forward_packages(dtype: DType, factors: Factors, t: &Output) -> f64 {
     if dtype == DType::F32 {
         return rounded(dtype, t.y, f32_error);
     }
+    let output = t.lora.abs() + t.adapter_bias;
     let lora = match factors {
-        Factors::F32 => t.lora.abs(),
-        Factors::Stored => t.shrunk_size + 3.0 * t.lora.abs(),
-        Factors::StoredDiagonal => t.lora_size + t.shrunk_size + 5.0 * t.lora.abs(),
+        Factors::F32 => output,
+        Factors::Stored => t.shrunk_size + 3.0 * output,
+        Factors::StoredDiagonal => t.lora_size + t.shrunk_size + 5.0 * output,
     };
     let scale = match factors {
         Factors::F32 => 0.0,

@@ -182,8 +182,10 @@ impl Layer {
     /// The outputs for `x` by the formula.
     pub fn truth(&self, x: &Tensor) -> Vec<Output> {
         let ((n, k), weight) = (self.shape(), self.weight_f64(x.dtype()));
-        let (bias, scale) = (self.bias_f64(), self.scale());
-        let linear = Linear::new(&weight, n, k).with_bias(bias.as_deref()).with_scale(scale.as_deref());
+        let (bias, scale) = (self.bias.as_ref().map(Tensor::to_f64), self.scale());
+        let own = self.lora.as_ref().and_then(|l| l.bias.as_deref());
+        let linear = Linear::new(&weight, n, k).with_bias(bias.as_deref()).with_adapter_bias(own);
+        let linear = linear.with_scale(scale.as_deref());
         linear.forward(&x.to_f64(), |_| self.lora.as_ref().map(|l| &l.factor))
     }
 

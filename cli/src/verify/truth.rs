@@ -49,6 +49,8 @@ pub struct Output {
     pub lora_size: f64,
     /// `|bias|`.
     pub bias: f64,
+    /// The same of the adapter's own, scaled.
+    pub adapter_bias: f64,
     /// The row's factor.
     pub scale: Scale,
     /// Terms of the base product.
@@ -82,6 +84,8 @@ pub struct Linear<'a> {
     pub k: usize,
     /// `[n]`.
     pub bias: Option<&'a [f64]>,
+    /// `[n]`, the adapter's own, scaled.
+    pub adapter_bias: Option<&'a [f64]>,
     /// `[n]`; absent is [`Scale::ONE`] everywhere.
     pub scale: Option<&'a [Scale]>,
 }
@@ -90,12 +94,17 @@ impl<'a> Linear<'a> {
     /// A layer without bias and scale.
     pub fn new(weight: &'a [f64], n: usize, k: usize) -> Self {
         assert_eq!(weight.len(), n * k);
-        Self { weight, n, k, bias: None, scale: None }
+        Self { weight, n, k, bias: None, adapter_bias: None, scale: None }
     }
 
     /// The same layer with `bias`.
     pub fn with_bias(self, bias: Option<&'a [f64]>) -> Self {
         Self { bias, ..self }
+    }
+
+    /// The same layer with an adapter that has a bias.
+    pub fn with_adapter_bias(self, adapter_bias: Option<&'a [f64]>) -> Self {
+        Self { adapter_bias, ..self }
     }
 
     /// The same layer with `scale`.
@@ -128,8 +137,10 @@ impl<'a> Linear<'a> {
             (f.scaling * sum, f.scaling.abs() * shrunk, f.scaling.abs() * size, f.rank)
         });
         let (scale, bias) = (self.scale(row), self.bias.map_or(0.0, |b| b[row]));
-        let y = scale.value * (base + lora) + bias;
-        Output { y, base, base_size, lora, shrunk_size, lora_size, bias: bias.abs(), scale, k: self.k, rank }
+        let own = self.adapter_bias.map_or(0.0, |b| b[row]);
+        let y = scale.value * (base + lora) + bias + own;
+        let (bias, adapter_bias, k) = (bias.abs(), own.abs(), self.k);
+        Output { y, base, base_size, lora, shrunk_size, lora_size, bias, adapter_bias, scale, k, rank }
     }
 
     /// `scale (W + delta)`.
