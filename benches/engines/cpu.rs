@@ -76,7 +76,7 @@ impl Engine for Cpu {
 
     fn merge_report(&self, problem: &Problem, timer: Timer<'_>) {
         let weight = problem.plain.dequantize::<f32>();
-        timer(&mut || drop(cpu::merge_report(&weight, &weight, &weight).unwrap()));
+        timer(&mut || _ = cpu::merge_report(&weight, &weight, &weight).unwrap());
     }
 
     fn nf4_requantize(&self, problem: &Problem, timer: Timer<'_>) {
