@@ -22,7 +22,7 @@ constexpr uint32_t kConsumers = 8, kProducers = 4, kConsumerThreads = kConsumers
 constexpr uint32_t kRows = 16, kTiles = 4;  // rows of a tile; tiles that take turns with a piece
 constexpr uint32_t kSliceBytes = kSlice / 2, kHalf = 32, kHalfBytes = kHalf * kSliceBytes;  // slices that the warps share evenly
 
-static_assert(kConsumerThreads == 256, "a thread for every byte of the table");
+static_assert(kConsumerThreads == PairTable<f16, 128>::kBuilders, "all of them build the table");
 static_assert(kHalfBytes % 128 == 0, "so that padding by 32 bytes keeps rows in different banks");
 
 // Where things are in shared memory. Rows of codes and of absmax are padded so that the eight rows that a warp reads together
@@ -33,7 +33,7 @@ struct Layout {
     static constexpr uint32_t kHalves = Slices / 4, kPieceSlices = kHalves * kHalf, kPiece = kPieceSlices * kSlice, kPieceBytes = kPiece / 2;
     static constexpr uint32_t kCodeRow = kPieceBytes + 32, kScaleRow = kPieceSlices * 4 + 16;
     static constexpr uint32_t kScales = kRows * kCodeRow, kStage = kScales + kRows * kScaleRow;
-    static constexpr uint32_t kTable = 256 * 128;
+    static constexpr uint32_t kTable = PairTable<f16, 128>::kBytes;
     static constexpr uint32_t kWarpSums = kTiles * kTokens * kRows * 4, kSums = kConsumers * kWarpSums;
     static constexpr uint32_t kBytes = kTable + kStages * kStage + 2 * kSums + 2 * kStages * 8;
     uint32_t table, stages, sums, full, empty;  // addresses; the table comes first
@@ -149,17 +149,12 @@ __device__ __forceinline__ void produce(const Params& p, const L& layout, const 
     });
 }
 
-// The pair of byte `i` of `codes` in the lane's column: a shift, a mask with the column put in, a load.
-__device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t column, uint32_t codes, int i) {
-    const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
-    return *reinterpret_cast<const uint32_t*>(table + ptx::and_or(shifted, 0xff << 7, column));
-}
-
 // What the eight warps do that multiply. Lane (g, t) = (lane / 4, lane % 4) has the 16 elements from 16 t on of each slice, of
 // rows g and g + 8 and of tokens g and g + 8; see tile.cuh.
 template <typename T, int Groups, int Slices>
 struct Consumer {
     using L = Layout<Groups, Slices>;
+    using Pairs = PairTable<T, 128>;
     const Params& p;
     const L& layout;
     const Way<L>& way;
@@ -171,21 +166,6 @@ struct Consumer {
 
     __device__ __forceinline__ Consumer(const Params& p, const uint8_t* memory, const L& layout, const Way<L>& way)
         : p(p), layout(layout), way(way), table(memory) {}
-
-    // A lane makes the pair of one byte and stores it eight times four columns wide, each time at another place than the seven
-    // lanes that shared memory serves together with it.
-    __device__ __forceinline__ void build_table() const {
-        const uint32_t thread = threadIdx.x;
-        const WarpDecoder values(p.weight.codebook);
-        // The element at the lower address sits in the high nibble and becomes the low half of the pair.
-        const float first = __shfl_sync(kAllLanes, values.mine, int(thread >> 4), 16);
-        const float second = __shfl_sync(kAllLanes, values.mine, int(thread & 15), 16);
-        const uint32_t pair = Pair<T>::pack(first, second);
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) {
-            ptx::store_shared16(layout.table + thread * 128 + (thread + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
-        }
-    }
 
     __device__ __forceinline__ void load_x(uint32_t piece) {
         const uint32_t thread = ptx::thread_now(), lane = thread % 32, warp = thread / 32;
@@ -229,8 +209,8 @@ struct Consumer {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const uint32_t word = j == 0 ? w[i].x : w[i].y;
-                        a[0][i] = look_up(table, column, word, 0), a[0][2 + i] = look_up(table, column, word, 1);
-                        a[1][i] = look_up(table, column, word, 2), a[1][2 + i] = look_up(table, column, word, 3);
+                        a[0][i] = Pairs::look_up(table, column, word, 0), a[0][2 + i] = Pairs::look_up(table, column, word, 1);
+                        a[1][i] = Pairs::look_up(table, column, word, 2), a[1][2 + i] = Pairs::look_up(table, column, word, 3);
                     }
 #pragma unroll
                     for (int m = 0; m < Groups; ++m) {
@@ -279,7 +259,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        build_table();
+        Pairs::build(p.weight.codebook, layout.table, threadIdx.x);
         // Codes and absmax are nobody's output; x may be the output of the launch before.
         ptx::wait_for_launch_before();
         ptx::let_next_launch_start();

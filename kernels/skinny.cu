@@ -14,37 +14,14 @@
 #include "tile.cuh"
 
 constexpr uint32_t kWarps = 8, kThreads = kWarps * 32, kRows = kWarpRows, kStages = 6;
+static_assert(kThreads == PairTable<f16, 128>::kBuilders, "all of them build the table");
 constexpr uint32_t kWarpBytes = kRows * kSlice / 2, kStageBytes = kWarps * kWarpBytes;
 
-// Every pair of elements that a byte stands for, for each bank. Lane l reads column l: no two lanes meet in a bank.
-struct Pairs {
-    uint32_t of_byte[256][32];
-
-    // A lane makes the pair of one byte and stores it eight times four columns wide, each time at another place than the
-    // seven lanes that shared memory serves together with it.
-    template <typename T>
-    __device__ __forceinline__ void build(const Codebook& codebook, uint32_t lane) {
-        static_assert(kThreads == 256, "a thread for every byte");
-        const WarpDecoder values(codebook);
-        // The element at the lower address sits in the high nibble and becomes the low half of the pair.
-        const float first = __shfl_sync(kAllLanes, values.mine, threadIdx.x >> 4, 16);
-        const float second = __shfl_sync(kAllLanes, values.mine, threadIdx.x & 15, 16);
-        const uint32_t pair = Pair<T>::pack(first, second);
-        const uint32_t row = ptx::shared_address(of_byte[threadIdx.x]);
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) ptx::store_shared16(row + (lane + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
-    }
-
-    // The pair of byte `i` of `codes`: a shift, a mask with the lane's column put in, a load.
-    __device__ __forceinline__ uint32_t look_up(uint32_t codes, int i, uint32_t lane) const {
-        const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
-        const uint32_t offset = ptx::and_or(shifted, 0xff << 7, lane * 4);
-        return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(of_byte) + offset);
-    }
-};
+template <typename T>
+using Pairs = PairTable<T, 128>;
 
 struct Memory {
-    Pairs pairs;
+    alignas(16) uint8_t pairs[Pairs<f16>::kBytes];
     alignas(16) uint8_t codes[kStages][kWarps][kWarpBytes];
 };
 static_assert(sizeof(Memory) == 81920, "src/cuda/matmul.rs asks for this");
@@ -103,7 +80,7 @@ struct Walk {
     }
 
     // The products of a slice, of which everything has come.
-    __device__ __forceinline__ void multiply(const Pairs& pairs, uint32_t stage, float (&sums)[2][Groups][4]) const {
+    __device__ __forceinline__ void multiply(const uint8_t* pairs, uint32_t stage, float (&sums)[2][Groups][4]) const {
         uint2 row[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) row[i] = ptx::load_shared8(shared + stage + i * 256 + lane * 8);
@@ -115,7 +92,7 @@ struct Walk {
             for (int i = 0; i < 4; ++i) {
                 uint32_t elements[4];
 #pragma unroll
-                for (int b = 0; b < 4; ++b) elements[b] = pairs.look_up(half == 0 ? row[i].x : row[i].y, b, lane);
+                for (int b = 0; b < 4; ++b) elements[b] = Pairs<T>::look_up(pairs, lane * 4, half == 0 ? row[i].x : row[i].y, b);
                 w.set(i / 2, i % 2, elements);
             }
 #pragma unroll
@@ -158,7 +135,7 @@ __device__ __forceinline__ void skinny(const Params& p) {
 #pragma unroll
     for (uint32_t i = 0; i < kStages - 1; ++i) walk.copy(slice + i * kWarps, end, i * kStageBytes);
     walk.fetch(slice, end);
-    memory.pairs.build<T>(p.weight.codebook, lane);
+    Pairs<T>::build(p.weight.codebook, ptx::shared_address(memory.pairs), threadIdx.x);
     __syncthreads();
 
     float sums[2][Groups][4] = {};

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "dtype.cuh"
+#include "ptx.cuh"
 
 // The 16 values of the codes. Twin: cuda::nf4::Codebook.
 struct Codebook {
@@ -89,37 +90,32 @@ struct WarpDecoder {
     }
 };
 
-// Decodes a byte to two 16-bit codebook values with one shared-memory load: the fastest way where the absmax is applied
-// later (to an accumulator). Row b of 256 holds the pair of byte b once per bank, so lane l reads bank l only and random
-// codes never conflict. Rows are 256 bytes apart, which lets ONE byte permute form the address
-//     byte 0 = 4 * lane, byte 1 = b, bytes 2 and 3 = the window's
-// and leaves the upper 128 bytes of every row to others. For this the table must lie at the fixed shared address At (an
-// immediate of the load), below 64 KiB of which bytes 2 and 3 of shared addresses do not change.
-template <typename T, uint32_t At>
+// Decodes a byte to two 16-bit elements with one load from shared memory: the fastest way where the absmax is applied later. Row
+// b of 256 holds the pair of byte b once for each bank: lane l reads column l, so no two lanes meet in a bank. Rows are `Pitch`
+// bytes apart: 128, or 256, with which one byte permute brings a byte to its row.
+template <typename T, uint32_t Pitch>
 struct PairTable {
-    static constexpr uint32_t kRows = 256, kPitch = 256;
-    uint32_t lane;  // the permute's other operand
+    static constexpr uint32_t kBytes = 256 * Pitch, kBuilders = 256;
 
-    __device__ __forceinline__ PairTable() { lane = (threadIdx.x & 31) * 4; }
-
-    // All threads of the block write the table; a barrier must follow.
-    static __device__ __forceinline__ void build(const Codebook& codebook, uint32_t thread, uint32_t threads) {
-        const WarpDecoder values(codebook);
-        for (uint32_t row = thread / 32; row < kRows; row += threads / 32) {
-            // The element at the lower address sits in the high nibble, so it becomes the low half of the pair.
-            const float first = __shfl_sync(0xffffffffu, values.mine, int(row >> 4), 16);
-            const float second = __shfl_sync(0xffffffffu, values.mine, int(row), 16);
-            const uint32_t address = At + row * kPitch + (thread & 31) * 4;
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(Pair<T>::pack(first, second)) : "memory");
+    // Called by whole warps; a barrier must follow. Thread `thread` of `kBuilders` makes the pair of one byte and stores it eight
+    // times four columns wide, each time at another place than the seven lanes that shared memory serves together with it.
+    // `table` is a shared address, `unit` what the values are divided by.
+    static __device__ __forceinline__ void build(const Codebook& codebook, uint32_t table, uint32_t thread, float unit = 1.0f) {
+        const float mine = codebook.value[thread % 16] / unit;
+        // The element at the lower address sits in the high nibble and becomes the low half of the pair.
+        const float first = __shfl_sync(0xffffffffu, mine, int(thread >> 4), 16);
+        const float second = __shfl_sync(0xffffffffu, mine, int(thread & 15), 16);
+        const uint32_t pair = Pair<T>::pack(first, second);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) {
+            ptx::store_shared16(table + thread * Pitch + (thread + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
         }
     }
 
-    // The pair of byte Byte (0..3) of `codes`: the element at the lower address in the low half.
-    template <int Byte>
-    __device__ __forceinline__ uint32_t look_up(uint32_t codes) const {
-        uint32_t pair;
-        const uint32_t address = __byte_perm(codes, lane, 0x7604 | Byte << 4);
-        asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(pair) : "r"(address), "n"(At));
-        return pair;
+    // The pair of byte `i` of `codes`: a shift, a mask with the lane's column (4 * lane) put in, a load.
+    static __device__ __forceinline__ uint32_t look_up(const uint8_t* table, uint32_t column, uint32_t codes, int i) {
+        static_assert(Pitch == 128, "the shift");
+        const uint32_t shifted = i == 0 ? codes << 7 : codes >> (8 * i - 7);
+        return *reinterpret_cast<const uint32_t*>(table + ptx::and_or(shifted, 0xff << 7, column));
     }
 };

@@ -33,7 +33,8 @@ static_assert(sizeof(PrefillParams) == 512, "the Rust twin has this size");
 constexpr uint32_t kWarpgroup = 128, kConsumers = 2 * kWarpgroup, kThreads = kWarpgroup + kConsumers;
 constexpr uint32_t kRows = 128;                  // outputs of a block
 constexpr uint32_t kRowGroup = 8;                // row tiles that blocks walk over before they go on to other tokens
-constexpr uint32_t kTablePitch = 256;            // bytes from pair to pair
+using Pairs = PairTable<f16, 256>;               // of values as f16, in units of `codebook_unit`
+static_assert(kConsumers == Pairs::kBuilders, "all of them build the table");
 
 // Which parts of the product a unit of work is: a tile, and a part of k.
 struct Unit {
@@ -69,13 +70,13 @@ struct Layout {
     __device__ __forceinline__ explicit Layout(uint32_t base) {
         stages = base;
         table = stages + Stages * kStage;
-        staging = table + (Codes ? 256 * kTablePitch : 0);
+        staging = table + (Codes ? Pairs::kBytes : 0);
         choice = staging + kConsumers / 32 * kStaging;
         full = choice + Tokens * sizeof(int32_t);
         empty = full + Stages * 8;
     }
     static constexpr uint32_t bytes() {
-        return Stages * kStage + (Codes ? 256 * kTablePitch : 0) + kConsumers / 32 * kStaging + Tokens * 4 + Stages * 16;
+        return Stages * kStage + (Codes ? Pairs::kBytes : 0) + kConsumers / 32 * kStaging + Tokens * 4 + Stages * 16;
     }
 };
 
@@ -86,21 +87,6 @@ __device__ __forceinline__ float codebook_unit(const Codebook& codebook) {
     for (int d = 8; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, d));
     const uint32_t exponent = __float_as_uint(largest) >> 23;
     return exponent == 0 || exponent == 255 ? 1.0f : __uint_as_float(exponent << 23);
-}
-
-// The table: for every byte the two values it stands for as f16, in units of `codebook_unit`, once for each bank. Lane l
-// reads column l, so no two lanes meet in a bank.
-__device__ __forceinline__ void build_table(const Codebook& codebook, uint32_t table, uint32_t thread) {
-    static_assert(kConsumers == 256, "a thread for every byte");
-    const float mine = codebook.value[thread % 16] / codebook_unit(codebook);
-    const float first = __shfl_sync(kAllLanes, mine, int(thread >> 4), 16);
-    const float second = __shfl_sync(kAllLanes, mine, int(thread & 15), 16);
-    const uint32_t pair = Pair<f16>::pack(first, second);
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) {
-        // Lanes that shared memory serves together write to different banks.
-        ptx::store_shared16(table + thread * kTablePitch + (thread + i) % 8 * 16, make_uint4(pair, pair, pair, pair));
-    }
 }
 
 // A lane's column of the table.
@@ -570,7 +556,8 @@ __device__ __forceinline__ void prefill(const PrefillParams& p) {
     } else {
         hopper::take_registers<216>();
         if constexpr (Codes) {
-            build_table(p.product.weight.codebook, layout.table, threadIdx.x - kWarpgroup);
+            const Codebook& codebook = p.product.weight.codebook;
+            Pairs::build(codebook, layout.table, threadIdx.x - kWarpgroup, codebook_unit(codebook));
             hopper::sync_some<kConsumers>(1);
         }
         Consumer<Side, T, Codes, Tokens, Stages>(p, layout).run();
