@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-use engines::{Engine, Problem, RANK};
+use engines::{CHOICES, EXPERTS, Engine, Problem, RANK};
 
 /// Tokens: from one sequence that is decoded to a small batch.
 const TOKENS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
@@ -95,6 +95,17 @@ fn lora(criterion: &mut Criterion) {
     });
 }
 
+/// W as a stack of eight experts, of which each token has two.
+fn experts(criterion: &mut Criterion) {
+    each(criterion, "experts", |group, engine, problem, name| {
+        group.throughput(Throughput::Elements((problem.n * problem.k) as u64));
+        for m in [1, 16, 64] {
+            let id = BenchmarkId::new(name, format!("M={m},experts={EXPERTS},choices={CHOICES}"));
+            time(group, engine, id, |timer| engine.experts(problem, m, timer));
+        }
+    });
+}
+
 /// One adapter of rank 16 into the weight.
 fn merge(criterion: &mut Criterion) {
     each(criterion, "merge", |group, engine, problem, name| {
@@ -118,6 +129,6 @@ fn config() -> Criterion {
 criterion_group! {
     name = operations;
     config = config();
-    targets = quantize, dequantize, matmul, lora, merge
+    targets = quantize, dequantize, matmul, lora, experts, merge
 }
 criterion_main!(operations);

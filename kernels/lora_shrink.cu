@@ -17,7 +17,7 @@
 #include "pieces.cuh"
 
 struct Params {
-    const void* x;      // [tokens, k]; transposed dy [tokens, n], with n in the place of k
+    const void* x;      // [tokens / choices, k]; transposed dy [tokens, n], with n in the place of k
     float* v;           // [parts, tokens, slices, pitch]
     Adapters adapters;
     uint32_t tokens;
@@ -26,7 +26,7 @@ struct Params {
     uint32_t vectors;   // k is a multiple of 8: rows of x and a are read in pieces of 16 bytes
     Dropout dropout;    // of x
     float factor;       // of scaling
-    uint32_t padding;
+    uint32_t choices;   // rows of v for each of x
 };
 static_assert(sizeof(Params) == 88, "the Rust twin has this size");
 
@@ -304,7 +304,7 @@ __device__ __forceinline__ void lora_shrink(const Params& p) {
             const size_t pitch = kOther ? adapter.rank : p.k;
             const A* a = kOther ? static_cast<const A*>(adapter.b) + at * pitch + r + rows[0]
                                     : static_cast<const A*>(adapter.a) + (r + rows[0]) * pitch + at;
-            const T* x = static_cast<const T*>(p.x) + size_t(first + min(token, 31u)) * p.k + begin + at;
+            const T* x = static_cast<const T*>(p.x) + size_t((first + min(token, 31u)) / p.choices) * p.k + begin + at;
             const Place place = {first + token, at};
             if (p.vectors) {
                 add_products<T, A, M, true>(share, a, x, ends, pitch, p.dropout, place, sums);

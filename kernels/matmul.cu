@@ -2,19 +2,20 @@
 
 #include "block_product.cuh"
 
-template <typename T, template <typename, int, int> class Tile, int Tokens, int Stages>
-__device__ __forceinline__ void matmul(const Params& p) {
+template <typename T, template <typename, int, int> class Tile, int Tokens, int Stages, typename P>
+__device__ __forceinline__ void matmul(const P& p) {
     multiply_block<T, Tile, Tokens, Stages>(p, OfOutputs{});
 }
 
-template <typename T, bool Codes, int Tokens>
-__device__ __forceinline__ void matmul_ragged(const Params& p) {
+template <typename T, bool Codes, int Tokens, typename P>
+__device__ __forceinline__ void matmul_ragged(const P& p) {
     const WarpDecoder decoder(p.weight.codebook);
-    const auto fill = [&](uint8_t* tile, uint32_t first_row, uint32_t first_k) {
+    const auto fill = [&](uint8_t* tile, uint32_t first_row, uint32_t first_k, uint32_t above = 0) {
+        const uint32_t first = above + first_row, end = above + p.n;
         if constexpr (Codes) {
-            decode_tile<kRows, kSlice, kThreads, T>(tile, p.weight, decoder, first_row, p.n, first_k, p.k, tile_offset);
+            decode_tile<kRows, kSlice, kThreads, T>(tile, p.weight, decoder, first, end, first_k, p.k, tile_offset);
         } else {
-            fill_tile<kRows, kSlice, kThreads>(tile, static_cast<const T*>(p.weight.data), first_row, p.n, first_k, p.k, tile_offset);
+            fill_tile<kRows, kSlice, kThreads>(tile, static_cast<const T*>(p.weight.data), first, end, first_k, p.k, tile_offset);
         }
     };
     multiply_block_ragged<T, DenseTile<T, kRows, kThreads>, Tokens>(p, fill, OfOutputs{});
@@ -31,12 +32,17 @@ __device__ __forceinline__ void matmul_finish(const Params& p) {
 }
 
 #define ENTRY(NAME, ...) BLOCK_ENTRY(NAME, Params, __VA_ARGS__)
+#define EXPERTS(NAME, ...) BLOCK_ENTRY(NAME##_experts, ExpertParams, __VA_ARGS__)
 #define TILES(KIND, T, TILE, STAGES, CODES)                              \
     ENTRY(matmul_##KIND##_##T##_t16, matmul<T, TILE, 16, STAGES>)        \
     ENTRY(matmul_##KIND##_##T##_t32, matmul<T, TILE, 32, STAGES>)        \
     ENTRY(matmul_##KIND##_##T##_t64, matmul<T, TILE, 64, STAGES>)        \
     ENTRY(matmul_##KIND##_##T##_t128, matmul<T, TILE, 128, STAGES>)      \
-    ENTRY(matmul_##KIND##_##T##_t64_ragged, matmul_ragged<T, CODES, 64>)
+    ENTRY(matmul_##KIND##_##T##_t64_ragged, matmul_ragged<T, CODES, 64>)  \
+    EXPERTS(matmul_##KIND##_##T##_t16, matmul<T, TILE, 16, STAGES>)       \
+    EXPERTS(matmul_##KIND##_##T##_t64, matmul<T, TILE, 64, STAGES>)       \
+    EXPERTS(matmul_##KIND##_##T##_t128, matmul<T, TILE, 128, STAGES>)     \
+    EXPERTS(matmul_##KIND##_##T##_t64_ragged, matmul_ragged<T, CODES, 64>)
 
 typedef float f32;
 TILES(nf4, f16, CodeTile, 4, true)

@@ -39,18 +39,19 @@ struct Walk {
     PendingAbsmax<4> absmax, next_absmax;
 
     // Rows past the end repeat the last one: nobody looks at what is made of them.
-    __device__ __forceinline__ Walk(const Params& p, uint32_t shared, uint32_t first_row, uint32_t first_token, uint32_t lane)
-        : p(p), shared(shared), lane(lane), blocks(p, first_row + lane / 4) {
+    template <typename Share>
+    __device__ __forceinline__ Walk(const Params& p, uint32_t shared, const Share& share, uint32_t lane)
+        : p(p), shared(shared), lane(lane), blocks(p, share.first_row + lane / 4, share.above) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint64_t row = min(first_row + i * 16 + lane / 2, p.n - 1);
+            const uint64_t row = share.above + min(share.first_row + i * 16 + lane / 2, p.n - 1);
             codes[i] = static_cast<const uint8_t*>(p.weight.data) + row * (p.k / 2) + lane % 2 * 16;
         }
 #pragma unroll
         for (int m = 0; m < Groups; ++m) {
-            const uint32_t token = first_token + m * 8 + lane / 4;
-            has_input[m] = token < p.tokens;
-            inputs[m] = static_cast<const T*>(p.x) + (has_input[m] ? size_t(token) * p.k : 0) + lane % 4 * 16;
+            const uint32_t token = share.first_token + m * 8 + lane / 4;
+            has_input[m] = token < share.end(p.tokens);
+            inputs[m] = static_cast<const T*>(p.x) + (has_input[m] ? size_t(share.input(token)) * p.k : 0) + lane % 4 * 16;
         }
     }
 
@@ -117,20 +118,21 @@ struct Walk {
     }
 };
 
-template <typename T, int Groups>
-__device__ __forceinline__ void skinny(const Params& p) {
+template <typename T, int Groups, typename P>
+__device__ __forceinline__ void skinny(const P& p) {
     constexpr uint32_t kTokens = 8 * Groups, kPitch = kRows + 4;
     extern __shared__ __align__(128) uint8_t bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
     __shared__ float delta[kTokens][kRows];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.y;
-    const uint32_t token_tiles = (p.tokens - 1) / kTokens + 1;
-    const uint32_t first_row = blockIdx.x / token_tiles * kRows, first_token = blockIdx.x % token_tiles * kTokens;
+    const auto share = share_of<kRows, kTokens>(p);
+    if (share.template ends<T>(p)) return;
+    const uint32_t first_row = share.first_row, first_token = share.first_token;
     const uint32_t slices = p.k / kSlice;
     const Range range((slices + kWarps - 1) / kWarps, split, p.splits);
     const uint32_t end = min(range.end * kWarps, slices);
 
-    Walk<T, Groups> walk(p, ptx::shared_address(memory.codes[0][warp]), first_row, first_token, lane);
+    Walk<T, Groups> walk(p, ptx::shared_address(memory.codes[0][warp]), share, lane);
     uint32_t slice = range.begin * kWarps + warp;
 #pragma unroll
     for (uint32_t i = 0; i < kStages - 1; ++i) walk.copy(slice + i * kWarps, end, i * kStageBytes);
@@ -166,24 +168,27 @@ __device__ __forceinline__ void skinny(const Params& p) {
         }
     }
     const bool has_branch = p.branch.adapters.entries != nullptr && split == 0;
-    if (has_branch) low_rank<T>(p.branch, first_token, p.tokens, first_row, p.n, delta);
+    if (has_branch) low_rank<T>(p.branch, first_token, p.tokens, first_row, p.n, delta, share);
     __syncthreads();
     if (first_row + lane >= p.n) return;
-    const Column<T> column(p.output, p.n, first_row + lane);
-    for (uint32_t m = warp; m < kTokens && first_token + m < p.tokens; m += kWarps) {
+    const Column<T> column(p.output, p.n, first_row + lane, share.above);
+    for (uint32_t m = warp; m < kTokens && first_token + m < share.end(p.tokens); m += kWarps) {
         float sum = staging[0][m][lane];
 #pragma unroll
         for (int w = 1; w < kWarps; ++w) sum += staging[w][m][lane];
-        column.store(first_token + m, has_branch ? sum + delta[m][lane] : sum, split, p.tokens);
+        column.store(share.row(first_token + m), has_branch ? sum + delta[m][lane] : sum, split, p.tokens);
     }
 }
 
-#define ENTRY(T, TOKENS)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2) skinny_nf4_##T##_t##TOKENS(const __grid_constant__ Params p) { \
-        skinny<T, TOKENS / 8>(p);                                                                                        \
+#define ENTRY(NAME, P, T, TOKENS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2) NAME(const __grid_constant__ P p) {        \
+        skinny<T, TOKENS / 8>(p);                                                                        \
     }
+#define ENTRIES(T, TOKENS)                                \
+    ENTRY(skinny_nf4_##T##_t##TOKENS, Params, T, TOKENS)  \
+    ENTRY(skinny_nf4_##T##_t##TOKENS##_experts, ExpertParams, T, TOKENS)
 
-ENTRY(f16, 8)
-ENTRY(f16, 16)
-ENTRY(bf16, 8)
-ENTRY(bf16, 16)
+ENTRIES(f16, 8)
+ENTRIES(f16, 16)
+ENTRIES(bf16, 8)
+ENTRIES(bf16, 16)

@@ -190,7 +190,7 @@ MUTATIONS = [
     (BARRIER, "sums overwrite codes that other warps still read", "skinny.cu",
      "ptx::wait_copies<0>();\n    __syncthreads();", "ptx::wait_copies<0>();", "skinny"),
     (BOUNDS, "codes of rows past the end are copied", "skinny.cu",
-     "min(first_row + i * 16 + lane / 2, p.n - 1)", "(first_row + i * 16 + lane / 2)", "skinny"),
+     "min(share.first_row + i * 16 + lane / 2, p.n - 1)", "(share.first_row + i * 16 + lane / 2)", "skinny"),
     (SCALE, "the absmax of another row", "skinny.cu",
      "block[i] = blocks.find(p, i * 8, k);", "block[i] = blocks.find(p, i * 4, k);", "skinny"),
     (LAYOUT, "all lanes use the first column of the table of pairs", "nf4.cuh",
@@ -317,6 +317,18 @@ MUTATIONS = [
      "(row == column ? 1.0 : 0.0)", "0.0", "orthogonality"),
     (INDEX, "a row has the adapter of another token", "expert_index.cu",
      "p.adapter[i / p.choices]", "p.adapter[i % p.choices]", "expert_index"),
+
+    # expert_groups
+    (BARRIER, "used experts are counted before all warps have seen theirs", "expert_groups.cu",
+     "own[warp] = same;\n    __syncthreads();", "own[warp] = same;", "expert_groups"),
+    (BARRIER, "bits of used experts are set before they are cleared", "expert_groups.cu",
+     "ptx::let_next_launch_start();\n    __syncthreads();", "ptx::let_next_launch_start();", "expert_groups"),
+    (INDEX, "a warp writes its rows over those of the warps before", "expert_groups.cu",
+     "if (w < warp) place += own[w];", "", "expert_groups"),
+    (BOUNDS, "the list does not end", "expert_groups.cu",
+     "i <= p.groups; i += kThreads", "i < p.groups; i += kThreads", "expert_groups"),
+    (VALUE, "wrong numbers are taken for none", "expert_groups.cu",
+     "uint32_t(expert) < experts ? uint32_t(expert) : experts + 1;", "uint32_t(expert) < experts ? uint32_t(expert) : experts;", "expert_groups"),
 ]
 
 # The test binary of a module whose name is another.

@@ -54,6 +54,8 @@
 //! | their scales to 8 bits | [`nf4::nest`] | [`cuda::absmax_quantize`] |
 //! | codes to numbers | [`nf4::dequantize()`] | [`cuda::nf4_dequantize`] |
 //! | `x Wᵀ`, W dense or 4-bit, with adapters, scale and bias | [`cpu::matmul()`], [`cpu::fast`] | [`cuda::matmul`] |
+//! | the same with an expert per row, W a stack | [`cpu::expert_matmul()`] | [`cuda::expert_matmul`] |
+//! | rows by expert | [`cpu::expert_groups()`] | [`cuda::expert_groups`] |
 //! | `s x Aᵀ`, an adapter per token | [`cpu::lora_shrink()`] | [`cuda::lora_shrink`] |
 //! | `dY W + u A`, the gradient of x | [`cpu::matmul_transposed()`] | [`cuda::matmul_transposed`] |
 //! | `u = s dY B`, an adapter per token | [`cpu::lora_shrink_transposed()`] | [`cuda::lora_shrink::plan_transposed`] |
@@ -63,7 +65,7 @@
 //! | AdaLoRA's penalty `‖A Aᵀ - I‖` and its gradient | [`cpu::orthogonality()`] | [`cuda::orthogonality`] |
 //! | AdamW, and the norm of all gradients | [`cpu::adamw()`], [`cpu::gradient_norm()`] | [`cuda::adamw`] |
 //! | `y += v Bᵀ`, an adapter per token | [`cpu::lora_expand()`] | [`cuda::lora_expand`] |
-//! | which adapter a row has, of a stack of experts | [`cpu::expert_index`] | [`cuda::expert_index`] |
+//! | which adapter a row has, of a stack of experts | [`cpu::expert_index()`] | [`cuda::expert_index`] |
 //! | merge and unmerge, dense | [`cpu::merge()`], [`cpu::unmerge`] | [`cuda::merge`] |
 //! | merge into 4-bit codes, or out of them | [`cpu::nf4_merge()`], [`cpu::nf4_merge_dense`] | [`cuda::nf4_merge`] |
 //! | a merged weight to 4-bit codes that keep more | [`cpu::nf4_requantize_scales`], [`cpu::nf4_requantize()`] | [`cuda::nf4_requantize`] |

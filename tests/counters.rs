@@ -7,11 +7,13 @@ use std::{env, fs};
 
 use half::bf16;
 use lora_kernels::cuda::matmul::{self, WeightFormat};
-use lora_kernels::cuda::{AdapterTable, Kernel, LowRank, lora_expand, lora_shrink};
+use lora_kernels::cuda::{
+    AdapterTable, Kernel, LowRank, expert_groups, expert_matmul, lora_expand, lora_shrink,
+};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Counters, Device, Spec};
 use products::transposed::{run as run_transposed, with_dy};
-use products::{Factors, Problem, Weight, expand_shape};
+use products::{DeviceWeight, Factors, Problem, Weight, expand_shape};
 
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/COUNTERS.md");
 
@@ -28,6 +30,7 @@ machine, not how long that takes; times are in `benches/results`.
 * *blocks*: of the launch, on a device with 132 multiprocessors (H200) or 108 (A100). `prefill` and `decode` never start more than there are.
 * *instructions*: of PTX, executed by threads, per weight and tile of tokens that it is read for (per element of lora_a or lora_b for `lora_shrink`
   and `lora_expand`). Register moves count, which the machine mostly does not have; waits count as often as they are tried.
+* Experts: of each token two rows of y, by a stack of eight; the weights are those of the experts that were chosen.
 * *read*, *written*: distinct 32-byte sectors of device memory over the fewest bytes that have to move: W, its absmax, x, the adapters, y (`lora_expand`
   reads and writes y; `..._transposed` has dY in the place of x and dX in that of y), or the parts of split sums. 1.00 is the least.
 * *asked*: sectors asked for by all instructions over the same bytes; what is above *read* is answered by the cache.
@@ -36,8 +39,12 @@ machine, not how long that takes; times are in `benches/results`.
 ";
 
 const ABOUT_BLOCKS: &str = "\
-`decode` gives every block at least 16 rows by 4096 elements of k, so few rows do not fill a device with it: such a stage took prototypes about
-1.2 of the 4 to 5 microseconds of a launch (`benches/results`), and splitting it would cost a second kernel.
+`decode` gives every block at least 16 rows by 4096 elements of k, so few rows do not fill a device with it: 512 x 4096 is one such stage for 32 blocks.
+By what prototypes took (`benches/results`, *decode*: 5.10 us for 4096 x 4096, 6.44 us for 6144 x 4096) a stage is 1.3 us where all multiprocessors share
+the memory, and a launch 2.4 us before its first. More blocks for a stage would have to add their sums. A second kernel is 0.72 us even when it is
+empty, and a cluster that adds them through its shared memory took 0.44 us for each exchange (28672 x 4096: 32.5 us in clusters of two, 20.6 us without,
+27 tiles each). What is left to gain is less than that, so a stage is not split. Few rows should rather not be launched alone: query, key and value
+of 4096, 1024 and 1024 rows are 6144 x 4096, one launch that fills the device (`Nf4Matrix::stacked` makes one weight of three).
 ";
 
 /// A launch, and the fewest bytes that it has to read and write.
@@ -185,6 +192,45 @@ fn adapters(device: (&'static str, &Device), tokens: usize, count: usize, rank: 
     [shrink, expand]
 }
 
+/// Two rows of y for each token, one of an expert that all chose and one of three others'; nobody chose the other four.
+fn experts((name, device): (&'static str, &Device), tokens: usize, n: usize, k: usize) -> Row {
+    let (choices, experts) = (2, 8);
+    let problem = Problem::<bf16>::nf4(tokens, experts * n, k, 64);
+    let Weight::Nf4(nf4) = &problem.weight else { unreachable!() };
+    let shape = expert_matmul::Shape {
+        tokens,
+        choices,
+        experts,
+        n,
+        k,
+        dtype: DType::BF16,
+        weight: problem.shape().weight,
+    };
+    let plan = expert_matmul::plan(&shape, device.queue().properties()).unwrap();
+    let sort = expert_groups::plan(&plan.groups_shape(), device.queue().properties()).unwrap();
+    let chosen: Vec<i32> =
+        (0..plan.rows).map(|row| if row % 2 == 0 { 6 } else { [1, 3, 4][row / 2 % 3] }).collect();
+    let tiles: usize = [1, 3, 4, 6]
+        .map(|e| chosen.iter().filter(|&&chosen| chosen == e).count().div_ceil(plan.tile.tokens))
+        .iter()
+        .sum();
+    let (x, expert) = (device.upload(&problem.x), device.upload(&chosen));
+    let (weight, mut buffer) = (DeviceWeight::new(device, &problem.weight), device.alloc(sort.len()));
+    let groups = sort.run(device.queue(), expert.view(), buffer.view_mut()).unwrap();
+    let mut y = device.alloc::<bf16>(plan.rows * n);
+    let extras = matmul::Extras::<bf16>::default();
+    plan.run(device.queue(), x.view(), &weight.view(), &groups, &extras, y.view_mut()).unwrap();
+    Row {
+        kernel: plan.kernel.unwrap(),
+        device: name,
+        what: format!("{tokens} tokens, 4 of {experts} experts, NF4 {n} x {k}"),
+        counters: device.counters().unwrap(),
+        elements: (tiles * n * k) as f64,
+        read: ((nf4.packed().len() + nf4.absmax().len() * 4) / 2 + tokens * k * 2) as f64,
+        written: (plan.rows * n * 2) as f64,
+    }
+}
+
 fn rows() -> Vec<Row> {
     let (a100, h200) = (Device::emulator(), Device::emulate(Spec::h200()));
     let (ampere, hopper) = (("A100", &a100), ("H200", &h200));
@@ -213,6 +259,8 @@ fn rows() -> Vec<Row> {
         transposed(hopper, Problem::<bf16>::dense(512, 256, 4096)),
         transposed(ampere, nf4(512, 256, 4096)),
         transposed(ampere, Problem::<bf16>::dense(512, 256, 4096)),
+        experts(ampere, 4, 1024, 1024),
+        experts(ampere, 96, 1024, 256),
     ];
     for (tokens, count, rank) in [(1, 1, 16), (16, 1, 64), (32, 32, 16)] {
         rows.extend(adapters(hopper, tokens, count, rank));
@@ -225,7 +273,9 @@ fn blocks() -> String {
     const TOKENS: [usize; 6] = [1, 16, 32, 64, 256, 2048];
     let mut text = format!("| W | device |{}\n", TOKENS.map(|tokens| format!(" {tokens} |")).concat());
     text += &format!("|---|---|{}\n", "--:|".repeat(TOKENS.len()));
-    for (n, k) in [(512, 4096), (1024, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (8192, 28672)] {
+    for (n, k) in
+        [(512, 4096), (1024, 4096), (6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (8192, 28672)]
+    {
         for (name, spec) in [("A100", Spec::a100()), ("H200", Spec::h200())] {
             let device = Device::emulate(spec);
             let cells = TOKENS.map(|tokens| {

@@ -12,8 +12,8 @@ use lora_kernels::DType;
 use lora_kernels::cuda::absmax_quantize::{self, NestedViewMut};
 use lora_kernels::cuda::matmul::{self, Extras, Weight, WeightFormat};
 use lora_kernels::cuda::{
-    AdapterTable, LowRank, Nf4ViewMut, UpdateView, dora_scale, lora_expand, lora_shrink, merge,
-    nf4_dequantize, nf4_merge, nf4_quantize,
+    AdapterTable, LowRank, Nf4ViewMut, UpdateView, dora_scale, expert_groups, expert_matmul, lora_expand,
+    lora_shrink, merge, nf4_dequantize, nf4_merge, nf4_quantize,
 };
 use lora_kernels::nf4::{Codebook, DYNAMIC_MAP, Nesting, Nf4Matrix, block_count, packed_len};
 use lora_kernels_devices::{Buffer, Device};
@@ -196,5 +196,48 @@ fn products() {
             });
         }
         assert!(splits > 0, "no plan has split its sum");
+    }
+}
+
+/// The router may choose others before every replay.
+#[test]
+fn experts() {
+    for device in Device::for_each_target() {
+        let mut data = Data(4);
+        let (queue, properties) = (device.queue(), device.queue().properties());
+        let (_, matrix) = weights(&mut data);
+        let buffers = Nf4Buffers::upload(&device, &matrix);
+        let (tokens, choices, experts) = (5, 2, 4);
+        let shape = expert_matmul::Shape {
+            tokens,
+            choices,
+            experts,
+            n: N / experts,
+            k: K,
+            dtype: DType::BF16,
+            weight: WeightFormat::Nf4 { blocksize: BLOCKSIZE },
+        };
+        let plan = expert_matmul::plan(&shape, properties).unwrap();
+        let sort = expert_groups::plan(&plan.groups_shape(), properties).unwrap();
+        let x = device.upload(&data.normal::<bf16>(tokens * K, 1.0));
+        let mut expert = device.upload(&[0, 3, 1, 0, 3, 2, 0, 3, -1, 1]);
+        let groups = RefCell::new(device.alloc(sort.len()));
+        let weight = Weight::Nf4(buffers.view());
+        let layer = |expert: &Buffer<i32>, y: &mut Buffer<bf16>| {
+            let mut groups = groups.borrow_mut();
+            let groups = sort.run(queue, expert.view(), groups.view_mut()).unwrap();
+            plan.run::<_, bf16>(queue, x.view(), &weight, &groups, &Extras::default(), y.view_mut()).unwrap();
+        };
+        let before = vec![bf16::ONE; tokens * choices * N / experts];
+        replays(&device, "expert_matmul", &before, |y| layer(&expert, y));
+
+        let mut y = device.upload(&before);
+        let graph = device.capture(|| layer(&expert, &mut y));
+        expert.write(&[2, 2, 2, 1, -1, -1, 0, 0, 0, 3]);
+        // SAFETY: all that the call reads and writes is alive, and nobody borrows `y`.
+        unsafe { graph.launch() };
+        let replayed = y.download();
+        layer(&expert, &mut y);
+        assert_eq!(replayed, y.download());
     }
 }

@@ -9,8 +9,8 @@ use half::bf16;
 use lora_kernels::cuda::matmul::{self, Extras, Weight, WeightFormat};
 use lora_kernels::cuda::{
     AbsmaxView, AdapterTable, AdapterView, EncodedMap, Launch, LowRank, MemoryId, NestedView, Nf4View,
-    Nf4ViewMut, Properties, Queue, TensorMap, UpdateView, View, ViewMut, dora_scale, lora_expand,
-    lora_shrink, merge, nf4_dequantize, nf4_merge, nf4_quantize,
+    Nf4ViewMut, Properties, Queue, TensorMap, UpdateView, View, ViewMut, dora_scale, expert_groups,
+    expert_matmul, lora_expand, lora_shrink, merge, nf4_dequantize, nf4_merge, nf4_quantize,
 };
 use lora_kernels::nf4::Codebook;
 use lora_kernels::{DType, Result};
@@ -155,6 +155,22 @@ fn every_call_is_within_its_budget() {
                 .unwrap();
             });
         }
+        time(&queue, &format!("4-bit expert_matmul of {tokens} tokens"), 2, || {
+            let shape = expert_matmul::Shape {
+                tokens,
+                choices: 2,
+                experts: 8,
+                n: N / 8,
+                k: K,
+                dtype: DType::BF16,
+                weight: WeightFormat::Nf4 { blocksize: 64 },
+            };
+            let plan = expert_matmul::plan(&shape, &queue.properties).unwrap();
+            let sort = expert_groups::plan(&plan.groups_shape(), &queue.properties).unwrap();
+            let groups = sort.run(&queue, memory.read(plan.rows), memory.write(sort.len())).unwrap();
+            let (x, y) = (memory.read(tokens * K), memory.write(plan.rows * N / 8));
+            plan.run::<bf16, bf16>(&queue, x, &Weight::Nf4(codes), &groups, &Extras::default(), y).unwrap();
+        });
         time(&queue, &format!("lora_expand of {tokens} tokens"), 1, || {
             let shape = lora_expand::Shape { tokens, n: N, dtype: DType::BF16, adapter_dtype: DType::BF16 };
             let plan = lora_expand::plan(&shape, &queue.properties).unwrap();

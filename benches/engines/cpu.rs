@@ -2,10 +2,10 @@
 
 use half::bf16;
 use lora_kernels::adapter::Rounding;
-use lora_kernels::cpu::{self, LowRank, MatmulExtras, Update, Weight};
+use lora_kernels::cpu::{self, Accumulate, LowRank, MatmulExtras, Update, Weight};
 use lora_kernels::nf4;
 
-use super::{Engine, Problem, RANK, Timer};
+use super::{CHOICES, EXPERTS, Engine, Problem, RANK, Timer, chosen};
 
 pub struct Cpu;
 
@@ -57,6 +57,15 @@ impl Engine for Cpu {
         let (weight, x) = (Weight::Nf4(&problem.nested), &problem.x[..m * problem.k]);
         let mut y = vec![bf16::ZERO; m * problem.n];
         timer(&mut || cpu::fast::matmul(x, m, &weight, &extras, &mut y).unwrap());
+    }
+
+    fn experts(&self, problem: &Problem, m: usize, timer: Timer<'_>) {
+        let (weight, x, expert) = (Weight::Nf4(&problem.nested), &problem.x[..m * problem.k], chosen(m));
+        let mut y = vec![bf16::ZERO; m * CHOICES * problem.n / EXPERTS];
+        let (sizes, extras) = ([m, CHOICES, EXPERTS], MatmulExtras::<bf16>::default());
+        timer(&mut || {
+            cpu::expert_matmul(x, sizes, &weight, &expert, &extras, Accumulate::F32, &mut y).unwrap();
+        });
     }
 
     fn merge(&self, problem: &Problem, timer: Timer<'_>) {

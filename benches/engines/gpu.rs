@@ -6,12 +6,13 @@ use lora_kernels::adapter::Rounding;
 use lora_kernels::cuda::matmul::{Extras, WeightFormat};
 use lora_kernels::cuda::{
     AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, Nf4ViewMut, Queue, UpdateView,
-    lora_shrink, matmul, merge, merge_report, nf4_dequantize, nf4_merge, nf4_quantize, nf4_requantize,
+    expert_groups, expert_matmul, lora_shrink, matmul, merge, merge_report, nf4_dequantize, nf4_merge,
+    nf4_quantize, nf4_requantize,
 };
 use lora_kernels::nf4::{Absmax, Nf4Matrix};
 use lora_kernels_devices::{Buffer, Device};
 
-use super::{Engine, Problem, RANK, Timer, cpu};
+use super::{CHOICES, EXPERTS, Engine, Problem, RANK, Timer, chosen, cpu};
 
 pub struct Gpu {
     device: Device,
@@ -180,6 +181,25 @@ impl Engine for Gpu {
                 extras.low_rank = Some(LowRank { adapters: &table, index, v: v.view() });
             }
             plan.run(queue, x.view(), &weight, &extras, y.view_mut(), workspace.view_mut()).unwrap();
+        });
+    }
+
+    fn experts(&self, problem: &Problem, m: usize, timer: Timer<'_>) {
+        let (queue, device) = (self.queue(), self.queue().properties());
+        let (n, k) = (problem.n / EXPERTS, problem.k);
+        let weight = WeightFormat::Nf4 { blocksize: problem.nested.blocksize() };
+        let (tokens, choices, experts) = (m, CHOICES, EXPERTS);
+        let shape = expert_matmul::Shape { tokens, choices, experts, n, k, dtype: DType::BF16, weight };
+        let plan = expert_matmul::plan(&shape, device).unwrap();
+        let sort = expert_groups::plan(&plan.groups_shape(), device).unwrap();
+        let weights = self.copies(problem.n * k / 2, || self.upload_nf4(&problem.nested));
+        let (x, expert) = (self.device.upload(&problem.x[..m * k]), self.device.upload(&chosen(m)));
+        let (mut groups, mut y) = (self.device.alloc(sort.len()), self.device.alloc::<bf16>(plan.rows * n));
+        let mut weights = weights.iter().cycle();
+        timer(&mut || {
+            let weight = matmul::Weight::Nf4(weights.next().unwrap().view(&problem.nested));
+            let groups = sort.run(queue, expert.view(), groups.view_mut()).unwrap();
+            plan.run(queue, x.view(), &weight, &groups, &Extras::<bf16>::default(), y.view_mut()).unwrap();
         });
     }
 

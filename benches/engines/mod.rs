@@ -14,7 +14,15 @@ pub const RANK: usize = 16;
 pub const ADAPTERS: usize = 16;
 /// How many tokens a [`Problem`] has.
 pub const MAX_TOKENS: usize = 64;
+/// Experts that the rows of a weight are shared among, and those of a token.
+pub const EXPERTS: usize = 8;
+pub const CHOICES: usize = 2;
 const BLOCKSIZE: usize = 64;
+
+/// The experts of `m` tokens.
+fn chosen(m: usize) -> Vec<i32> {
+    (0..m * CHOICES).map(|row| (row * 5 % EXPERTS) as i32).collect()
+}
 
 /// A linear layer in every form that the operations take.
 pub struct Problem {
@@ -63,6 +71,8 @@ pub trait Engine {
     fn dequantize(&self, problem: &Problem, timer: Timer<'_>);
     /// The first `m` tokens; without adapters, with one for all of them, or with one after the other.
     fn matmul(&self, problem: &Problem, m: usize, adapters: usize, timer: Timer<'_>);
+    /// The first `m` tokens, by the weight as a stack of [`EXPERTS`]; token i has [`CHOICES`] of them, one after the other.
+    fn experts(&self, problem: &Problem, m: usize, timer: Timer<'_>);
     fn merge(&self, problem: &Problem, timer: Timer<'_>);
     fn nf4_merge(&self, problem: &Problem, timer: Timer<'_>);
     /// The sums of a report, of a 4-bit weight and itself.

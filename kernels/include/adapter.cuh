@@ -58,6 +58,13 @@ struct Group {
     __device__ __forceinline__ uint32_t token(uint32_t i) const { return nth_bit(members, i); }
 };
 
+// Where the tokens of a launch lie that has one weight for all: one after the other. See ExpertShare for others.
+struct InOrder {
+    static __device__ __forceinline__ uint32_t end(uint32_t tokens) { return tokens; }        // of the tile's tokens
+    static __device__ __forceinline__ uint32_t row(uint32_t token) { return token; }    // of y, v and the adapter index
+    static __device__ __forceinline__ uint32_t input(uint32_t token) { return token; }  // row of x
+};
+
 // 32 neighbouring tokens, one per lane, in groups that share an adapter. A token past the end has none.
 struct Window {
     int32_t adapter;   // of the lane's token
@@ -65,8 +72,9 @@ struct Window {
     uint32_t leaders;  // the first tokens of groups
 
     // Called by whole warps. `end`: tokens from here on are not there.
-    __device__ __forceinline__ Window(const Adapters& adapters, uint32_t first, uint32_t end, uint32_t lane) {
-        adapter = first + lane < end ? adapters.of(first + lane) : -1;
+    template <typename Order = InOrder>
+    __device__ __forceinline__ Window(const Adapters& adapters, uint32_t first, uint32_t end, uint32_t lane, const Order& order = Order{}) {
+        adapter = first + lane < end ? adapters.of(order.row(first + lane)) : -1;
         sharers = __match_any_sync(kAllLanes, adapter);
         const bool leads = adapters.exists(adapter) && __popc(sharers & ((1u << lane) - 1)) % kGroup == 0;
         leaders = __ballot_sync(kAllLanes, leads);

@@ -21,9 +21,10 @@ struct Column {
     uint32_t n, row;
     float scale, offset;
 
-    __device__ __forceinline__ Column(const Output& output, uint32_t n, uint32_t row) : output(output), n(n), row(row) {
-        scale = output.row_scale == nullptr ? 1.0f : output.row_scale[row];
-        offset = output.bias == nullptr ? 0.0f : to_f32(static_cast<const T*>(output.bias)[row]);
+    // `above`: rows of a stack of weights that come before this one's.
+    __device__ __forceinline__ Column(const Output& output, uint32_t n, uint32_t row, uint32_t above = 0) : output(output), n(n), row(row) {
+        scale = output.row_scale == nullptr ? 1.0f : output.row_scale[above + row];
+        offset = output.bias == nullptr ? 0.0f : to_f32(static_cast<const T*>(output.bias)[above + row]);
     }
 
     // The end of a whole sum: one fused multiply-add in f32, and one rounding.
@@ -41,9 +42,9 @@ struct Column {
 // delta[j][i] = v[first_token + j] . b[first_row + i] in f32 for a tile of `Tokens` by `Rows`, over the tokens' own
 // adapters: 0 for a token without one, NaN for a wrong index. Called by all threads of the block; `delta` is shared memory,
 // ready after the caller's next barrier.
-template <typename T, int Tokens, int Rows>
+template <typename T, int Tokens, int Rows, typename Order = InOrder>
 __device__ __forceinline__ void low_rank(const LowRank& branch, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                                         uint32_t rows, float (&delta)[Tokens][Rows]) {
+                                         uint32_t rows, float (&delta)[Tokens][Rows], const Order& order = Order{}) {
     for (uint32_t i = threadIdx.x; i < Tokens * Rows; i += blockDim.x) delta[i / Rows][i % Rows] = 0.0f;
-    add_low_rank<T, Tokens, Rows>(branch, first_token, tokens, first_row, rows, &delta[0][0], Rows);
+    add_low_rank<T, Tokens, Rows>(branch, first_token, tokens, first_row, rows, &delta[0][0], Rows, 0, 1, OfOutputs{}, order);
 }

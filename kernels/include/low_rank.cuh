@@ -143,10 +143,10 @@ struct BranchTile {
     uint32_t rows;                            // of the slice
 
     // Called by one warp. `end`: tokens from here on are not there.
-    template <typename Side>
-    __device__ __forceinline__ void find_groups(const Side& side, const Adapters& adapters, uint32_t first, uint32_t end,
-                                                uint32_t slice, uint32_t tile_row, uint32_t lane) {
-        const Window window(adapters, first, end, lane);
+    template <typename Side, typename Order>
+    __device__ __forceinline__ void find_groups(const Side& side, const Adapters& adapters, const Order& order, uint32_t first,
+                                                uint32_t end, uint32_t slice, uint32_t tile_row, uint32_t lane) {
+        const Window window(adapters, first, end, lane, order);
         Adapter own = {nullptr, nullptr, 0, 0.0f, 0, 0};
         if (window.leads(lane)) {
             own = adapters.entries[size_t(window.adapter) * adapters.slices + slice];
@@ -165,15 +165,18 @@ struct BranchTile {
     }
 
     // Brings ranks base ... base + ranks - 1 of v to shared memory. Called by all threads of the block.
-    __device__ __forceinline__ void fill(const LowRank& branch, uint32_t first, uint32_t end, uint32_t tokens, uint32_t slice,
-                                         uint32_t base, uint32_t ranks, uint32_t thread) {
+    template <typename Order>
+    __device__ __forceinline__ void fill(const LowRank& branch, const Order& order, uint32_t first, uint32_t end, uint32_t tokens,
+                                         uint32_t slice, uint32_t base, uint32_t ranks, uint32_t thread) {
         const Adapters& adapters = branch.adapters;
         const size_t row_pitch = adapters.pitch * adapters.slices;
 #pragma unroll 1
         for (uint32_t i = thread; i < Tokens * ranks / 4; i += blockDim.x) {
             const uint32_t j = i / (ranks / 4), r = i % (ranks / 4) * 4;
-            if (first + j >= end || base + r >= adapters.pitch || !adapters.exists(adapters.of(first + j))) continue;
-            const float* from = branch.v + (first + j) * row_pitch + slice * adapters.pitch + base + r;
+            if (first + j >= end || base + r >= adapters.pitch) continue;
+            const uint32_t row = order.row(first + j);
+            if (!adapters.exists(adapters.of(row))) continue;
+            const float* from = branch.v + row * row_pitch + slice * adapters.pitch + base + r;
             *reinterpret_cast<float4*>(&v[j][r]) = load_v(from, tokens * row_pitch, branch.parts);
         }
     }
@@ -242,14 +245,14 @@ struct BranchTile {
 // of other tokens hold does not matter to it; one with a wrong index gets NaN.
 //
 // Called by all threads of the block, which have written `sums` without a barrier since; `sums` is ready after the caller's
-// next one. Where `shares` blocks hold the same tile, each adds to rows of its own.
-template <typename T, int Tokens, int Rows, typename Side = OfOutputs>
+// next one. Where `shares` blocks hold the same tile, each adds to rows of its own. `order` says where the tokens lie.
+template <typename T, int Tokens, int Rows, typename Side = OfOutputs, typename Order = InOrder>
 __device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t first_token, uint32_t tokens, uint32_t first_row,
                                              uint32_t, float* sums, uint32_t pitch, uint32_t share = 0, uint32_t shares = 1,
-                                             const Side& side = Side{}) {
+                                             const Side& side = Side{}, const Order& order = Order{}) {
     constexpr uint32_t kBlocks = Rows / 16;
     __shared__ BranchTile<Tokens < 32 ? Tokens : 32> tile;
-    const uint32_t thread = ptx::thread_now(), end = min(tokens, first_token + Tokens);
+    const uint32_t thread = ptx::thread_now(), end = min(order.end(tokens), first_token + Tokens);
     const uint32_t first_block = kBlocks * share / shares, blocks = kBlocks * (share + 1) / shares - first_block;
 
 #pragma unroll 1
@@ -264,8 +267,8 @@ __device__ __forceinline__ void add_low_rank(const LowRank& branch, uint32_t fir
 #pragma unroll 1
                 do {
                     __syncthreads();
-                    if (base == 0 && thread < 32) tile.find_groups(side, branch.adapters, first, end, slice, first_row, thread);
-                    tile.fill(branch, first, end, tokens, slice, base, kRanks, thread);
+                    if (base == 0 && thread < 32) tile.find_groups(side, branch.adapters, order, first, end, slice, first_row, thread);
+                    tile.fill(branch, order, first, end, tokens, slice, base, kRanks, thread);
                     __syncthreads();
                     if (tile.count == 0 || tile.first_row >= Rows || tile.first_row + int32_t(tile.rows) <= 0) break;
                     tile.template add<B>(side, first, first_row, first_block, blocks, base, window_sums, pitch, thread);

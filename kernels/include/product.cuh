@@ -1,4 +1,4 @@
-// What the kernels of `matmul` are told: y = row_scale * (x w^T + v b^T) + bias.
+// What the kernels of `matmul` and `expert_matmul` are told: y = row_scale * (x w^T + v b^T) + bias.
 #pragma once
 
 #include <cstdint>
@@ -28,14 +28,107 @@ struct Params {
 };
 static_assert(sizeof(Params) == 224, "the Rust twin has this size");
 
+// The rows of y that share an expert, as `expert_groups` leaves them: group i has the rows row[start[i]] ... row[start[i + 1] - 1]
+// and the weight `expert[i]` of the stack, -1 for none and -2 for a wrong number. Groups that are not used are empty.
+struct ExpertGroups {
+    const int32_t* start;   // [count + 1]
+    const int32_t* expert;  // [count]
+    const int32_t* row;     // [tokens]
+    uint32_t count;         // there may be so many
+    uint32_t choices;       // rows of y for each of x
+};
+
+// Of a product with a stack of weights [experts, n, k]; `tokens` are the rows of y.
+struct ExpertParams : Params {
+    ExpertGroups groups;
+};
+static_assert(sizeof(ExpertParams) == 256, "the Rust twin has this size");
+
+// The share of a block in a product: `Rows` rows of w, and `Tokens` tokens.
+template <int Rows, int Tokens>
+struct Share : InOrder {
+    uint32_t first_row, first_token;
+    static constexpr uint32_t above = 0;  // rows of the stack before this weight's
+
+    __device__ __forceinline__ explicit Share(const Params& p) {
+        const uint32_t token_tiles = (p.tokens - 1) / Tokens + 1;
+        first_row = blockIdx.x / token_tiles * Rows, first_token = blockIdx.x % token_tiles * Tokens;
+    }
+
+    template <typename T>
+    __device__ __forceinline__ bool ends(const Params&) const { return false; }
+
+    // A tile of weights, of the rows from `first_row` on, where the warp has those from `row` on; or one that `fill` fills.
+    template <typename Weights>
+    __device__ __forceinline__ Weights weights(const Params& p, uint32_t row) const { return Weights(p, first_row, row); }
+    template <typename Fill>
+    __device__ __forceinline__ void fill(Fill fill, uint8_t* tile, uint32_t k) const { fill(tile, first_row, k); }
+};
+
+// The same in a product with a stack: the tokens are positions in the list of groups. Tile t of group i is slot
+// start[i] / Tokens + i + t of the grid: slots of different groups differ, as start[i] / Tokens and the tiles of i are together
+// at most start[i + 1] / Tokens + 1. Neighbouring blocks have the same rows of w, or those of the next expert.
+template <int Rows, int Tokens>
+struct ExpertShare {
+    const int32_t* rows;
+    uint32_t first_row, first_token, last, choices, above;
+    int32_t expert;
+
+    // Called by whole warps.
+    __device__ __forceinline__ explicit ExpertShare(const ExpertParams& p) : rows(p.groups.row), choices(p.groups.choices) {
+        const uint32_t slots = p.tokens / Tokens + p.groups.count, slot = blockIdx.x % slots;
+        first_row = blockIdx.x / slots * Rows;
+        uint32_t group = 0;
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x % 32; i < p.groups.count + threadIdx.x % 32; i += 32) {
+            const bool before = i < p.groups.count && uint32_t(p.groups.start[i]) / Tokens + i <= slot;
+            const uint32_t found = __popc(__ballot_sync(0xffffffffu, before));
+            group += found;
+        }
+        group -= 1;  // the first one has slot 0
+        const uint32_t start = p.groups.start[group];
+        first_token = start + (slot - start / Tokens - group) * Tokens;
+        last = p.groups.start[group + 1];
+        expert = p.groups.expert[group];
+        above = max(expert, 0) * p.n;
+    }
+
+    __device__ __forceinline__ uint32_t end(uint32_t) const { return last; }
+    __device__ __forceinline__ uint32_t row(uint32_t token) const { return rows[token]; }
+    __device__ __forceinline__ uint32_t input(uint32_t token) const { return row(token) / choices; }
+
+    // Whether there is no product to make: the slot is not used, or its rows have no expert and become zeros (NaN for a wrong one).
+    template <typename T>
+    __device__ __forceinline__ bool ends(const Params& p) const {
+        if (first_token >= last) return true;
+        if (expert >= 0) return false;
+        const T value = from_f32<T>(expert == -1 ? 0.0f : nan_value());
+        for (uint32_t i = threadIdx.x; i < Tokens * Rows; i += blockDim.x) {
+            const uint32_t token = first_token + i / Rows, column = first_row + i % Rows;
+            if (token < last && column < p.n) static_cast<T*>(p.output.y)[size_t(row(token)) * p.n + column] = value;
+        }
+        return true;
+    }
+
+    template <typename Weights>
+    __device__ __forceinline__ Weights weights(const Params& p, uint32_t row) const { return Weights(p, first_row, row, above); }
+    template <typename Fill>
+    __device__ __forceinline__ void fill(Fill fill, uint8_t* tile, uint32_t k) const { fill(tile, first_row, k, above); }
+};
+
+template <int Rows, int Tokens>
+__device__ __forceinline__ Share<Rows, Tokens> share_of(const Params& p) { return Share<Rows, Tokens>(p); }
+template <int Rows, int Tokens>
+__device__ __forceinline__ ExpertShare<Rows, Tokens> share_of(const ExpertParams& p) { return ExpertShare<Rows, Tokens>(p); }
+
 // The blocks of 4-bit codes that a lane's rows lie in: `row`, and others that follow it. Rows past the end repeat the last.
 struct RowBlocks {
     uint64_t flat;  // where the first row begins
     uint32_t last;  // rows that follow the first
 
-    __device__ __forceinline__ RowBlocks(const Params& p, uint32_t row) {
+    __device__ __forceinline__ RowBlocks(const Params& p, uint32_t row, uint32_t above = 0) {
         last = p.n - 1 - min(row, p.n - 1);
-        flat = uint64_t(p.n - 1 - last) * p.k;
+        flat = uint64_t(above + p.n - 1 - last) * p.k;
     }
 
     __device__ __forceinline__ uint64_t find(const Params& p, uint32_t following, uint32_t k) const {

@@ -120,6 +120,42 @@ struct RowCopier {
     }
 };
 
+// The same for rows of x, as `share` names them: the tile's tokens.
+template <int Tokens, int RowBytes, int Threads, typename Share>
+struct InputCopier;
+
+template <int Tokens, int RowBytes, int Threads, int Rows>
+struct InputCopier<Tokens, RowBytes, Threads, Share<Rows, Tokens>> : RowCopier<Tokens, RowBytes, Threads> {
+    __device__ __forceinline__ InputCopier(const Params& p, const Share<Rows, Tokens>& share)
+        : RowCopier<Tokens, RowBytes, Threads>(p.x, share.first_token, p.tokens, p.k) {}
+};
+
+template <int Tokens, int RowBytes, int Threads, int Rows>
+struct InputCopier<Tokens, RowBytes, Threads, ExpertShare<Rows, Tokens>> {
+    static constexpr uint32_t kChunks = RowBytes / 16, kStride = Threads / kChunks, kElements = kSlice / kChunks;
+    const Params& p;
+    uint32_t row[Tokens / kStride];  // of x
+
+    __device__ __forceinline__ InputCopier(const Params& p, const ExpertShare<Rows, Tokens>& share) : p(p) {
+#pragma unroll
+        for (uint32_t i = 0; i < Tokens / kStride; ++i) {
+            row[i] = share.input(min(share.first_token + i * kStride + threadIdx.x / kChunks, share.last - 1));
+        }
+    }
+
+    template <typename Offset>
+    __device__ __forceinline__ void copy(uint32_t shared, uint32_t slice, Offset offset) const {
+        const uint32_t token = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+        const bool inside = slice * kSlice + chunk * kElements < p.k;
+        const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? slice * RowBytes + chunk * 16 : 0);
+#pragma unroll
+        for (uint32_t i = 0; i < Tokens / kStride; ++i) {
+            const uint8_t* at = from + uint64_t(row[i]) * (p.k / kElements * 16);
+            ptx::copy_async16(shared + offset(token, chunk) + i * kStride * RowBytes, at, inside ? 16 : 0);
+        }
+    }
+};
+
 // The weights of a block as the pipeline sees them: how a slice of `Rows` rows is copied to shared memory, and how a warp
 // makes operands of it.
 //
@@ -131,7 +167,8 @@ struct DenseTile {
     RowCopier<Rows, kTileRow, Threads> copier;
     uint32_t rows;  // shared address of the lane's chunk of the warp's rows
 
-    __device__ __forceinline__ DenseTile(const Params& p, uint32_t first_row, uint32_t) : copier(p.weight.data, first_row, p.n, p.k) {}
+    __device__ __forceinline__ DenseTile(const Params& p, uint32_t first_row, uint32_t, uint32_t above = 0)
+        : copier(p.weight.data, above + first_row, above + p.n, p.k) {}
 
     template <int Groups>
     static __device__ __forceinline__ void stage(float* staging, uint32_t pitch, uint32_t lane, const float (&sums)[2][Groups][4]) {
@@ -167,9 +204,11 @@ struct CodeTile {
     PendingAbsmax<4> next;
     float scales[4];
 
-    // `row` is the warp's first.
-    __device__ __forceinline__ CodeTile(const Params& p, uint32_t first_row, uint32_t row)
-        : copier(p.weight.data, first_row, p.n, p.k), decoder(p.weight.codebook), blocks(p, row + threadIdx.x % 32 / 4) {}
+    // `row` is the warp's first; `above` as in `Column`.
+    __device__ __forceinline__ CodeTile(const Params& p, uint32_t first_row, uint32_t row, uint32_t above = 0)
+        : copier(p.weight.data, above + first_row, above + p.n, p.k),
+          decoder(p.weight.codebook),
+          blocks(p, row + threadIdx.x % 32 / 4, above) {}
 
     template <int Groups>
     static __device__ __forceinline__ void stage(float* staging, uint32_t pitch, uint32_t lane, const float (&sums)[2][Groups][4]) {
@@ -224,14 +263,14 @@ __device__ __forceinline__ void multiply_slice(const Weights& weights, uint32_t 
 }
 
 // A tile of `Rows` by `Columns` 16-bit elements of a matrix [rows, columns], one element after the other: for rows that are
-// not aligned to 16 bytes. Zero outside; `offset(row, chunk)` is the place of eight elements.
-template <int Rows, int Columns, int Threads, typename T, typename Offset>
+// not aligned to 16 bytes. Zero outside; `offset(row, chunk)` is the place of eight elements, `order` says where rows lie.
+template <int Rows, int Columns, int Threads, typename T, typename Offset, typename Order = InOrder>
 __device__ __forceinline__ void fill_tile(uint8_t* tile, const T* matrix, uint32_t first_row, uint32_t rows, uint32_t first_column,
-                                          uint32_t columns, Offset offset) {
+                                          uint32_t columns, Offset offset, const Order& order = Order{}) {
     for (uint32_t i = threadIdx.x; i < Rows * Columns; i += Threads) {
         const uint32_t row = i / Columns, column = i % Columns;
         const bool inside = first_row + row < rows && first_column + column < columns;
-        const T value = inside ? matrix[size_t(first_row + row) * columns + first_column + column] : T{};
+        const T value = inside ? matrix[size_t(order.input(first_row + row)) * columns + first_column + column] : T{};
         *reinterpret_cast<T*>(tile + offset(row, column / 8) + column % 8 * sizeof(T)) = value;
     }
 }

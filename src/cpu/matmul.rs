@@ -94,6 +94,7 @@ pub fn matmul<T: Element, A: Element>(
 ) -> Result<()> {
     let shape = check(x, m, weight, extras)?;
     check_len("y", shape.y_len, "elements", y.len())?;
+    let weight = |n: usize, row: &mut [T]| weight.row(n, shape.k, row);
     match accumulate {
         Accumulate::F32 => {
             product::<T, A, f32>(x, weight, extras, shape, |v| v, |i, sum| y[i] = T::from_f32(sum))
@@ -117,6 +118,7 @@ pub fn truth<T: Element, A: Element>(
 ) -> Result<Vec<Truth>> {
     let shape = check(x, m, weight, extras)?;
     let mut truth = vec![Truth { value: 0.0, magnitude: 0.0 }; shape.y_len];
+    let weight = |n: usize, row: &mut [T]| weight.row(n, shape.k, row);
     product::<T, A, f64>(x, weight, extras, shape, |v| v, |i, sum| truth[i].value = sum);
     product::<T, A, f64>(x, weight, extras, shape, f64::abs, |i, sum| truth[i].magnitude = sum);
     Ok(truth)
@@ -142,10 +144,11 @@ impl Real for f64 {
     }
 }
 
-/// The formula. Every number goes through `map` (itself, or its magnitude); outputs go to `write`, by flat index.
-fn product<T: Element, A: Element, R: Real>(
+/// The formula. Every number goes through `map` (itself, or its magnitude); `weight` reads a row of W, outputs go to `write`, by
+/// flat index.
+pub(super) fn product<T: Element, A: Element, R: Real>(
     x: &[T],
-    weight: &Weight<'_, T>,
+    weight: impl Fn(usize, &mut [T]),
     extras: &MatmulExtras<'_, T, A>,
     Shape { m, n, k, .. }: Shape,
     map: impl Fn(R) -> R,
@@ -175,7 +178,7 @@ fn product<T: Element, A: Element, R: Real>(
 
     let mut row = vec![T::from_f32(0.0); k];
     for n_ in 0..n {
-        weight.row(n_, k, &mut row);
+        weight(n_, &mut row);
         let w: Vec<R> = row.iter().map(|v| real(v.to_f32())).collect();
         for (i, v) in shrunk.iter().enumerate() {
             let mut sum = dot(token(i), &w);
@@ -263,12 +266,22 @@ pub(super) fn check<T: Element, A: Element>(
     if let Some(row_scale) = extras.row_scale {
         check_len("row_scale", n, "elements", row_scale.len())?;
     }
+    check_adapters(extras, m, n, k)?;
+    Ok(Shape { m, n, k, y_len: checked("y", m, n)? })
+}
+
+/// Checks the adapters, and the index of `m` tokens.
+pub(super) fn check_adapters<T, A>(
+    extras: &MatmulExtras<'_, T, A>,
+    m: usize,
+    n: usize,
+    k: usize,
+) -> Result<()> {
     for (i, adapter) in extras.adapters.iter().enumerate() {
         check_lora_a(&format!("adapters[{i}]"), adapter, k)?;
         check_lora_b(&format!("adapters[{i}]"), adapter, n)?;
     }
-    check_adapter_index(extras.adapter_index, m, extras.adapters.len())?;
-    Ok(Shape { m, n, k, y_len: checked("y", m, n)? })
+    check_adapter_index(extras.adapter_index, m, extras.adapters.len())
 }
 
 /// Checks that `lora_a` is `[rank, k]`.

@@ -12,6 +12,9 @@
 //! for `u[m] = scaling * dy[m] lora_b`, the first half of the low-rank branch's gradient. All that is said of x, lora_a and k holds
 //! for dY, lora_b and the outputs there; u is laid out as v.
 //!
+//! In a mixture of experts a token has several rows of v, each with the adapter of another expert, and one of x: see
+//! [`Plan::with_choices`].
+//!
 //! Tokens with the same adapter need not be neighbours: a block finds those that share one among 32, and multiplies up to
 //! eight of them with what it reads of lora_a.
 
@@ -111,6 +114,8 @@ pub struct Details {
     pub transposed: bool,
     /// What x goes through before; see [`Plan::with_dropout`].
     pub dropout: Option<Dropout>,
+    /// Rows of v for each of x; see [`Plan::with_choices`].
+    pub choices: usize,
 }
 
 /// `Params` of `lora_shrink.cu`.
@@ -126,7 +131,7 @@ struct Params {
     vectors: u32,
     dropout: dropout::Params,
     factor: f32,
-    padding: u32,
+    choices: u32,
 }
 
 /// Chooses the kernel and the grid.
@@ -176,6 +181,7 @@ fn plan_of(operation: &str, shape: &Shape, device: &Properties) -> Result<Plan> 
         vectors: shape.k.is_multiple_of(8),
         transposed: false,
         dropout: None,
+        choices: 1,
     }))
 }
 
@@ -196,12 +202,29 @@ impl Plan {
         Self(Details { kernel, dropout: Some(dropout), ..self.0 })
     }
 
+    /// The same with one row of x for every `choices` rows of v, one behind the other: x is `[tokens / choices, k]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the plan's tokens are no multiple of `choices`, or it is transposed.
+    pub fn with_choices(self, choices: usize) -> Result<Self> {
+        if self.transposed {
+            return Err(Error::argument("choices", "a plan that is not transposed", choices));
+        }
+        match choices > 0 && self.shape.tokens.is_multiple_of(choices) {
+            true => Ok(Self(Details { choices, ..self.0 })),
+            false => {
+                let wanted = format!("a divisor of {} tokens", self.shape.tokens);
+                Err(Error::argument("choices", wanted, choices))
+            }
+        }
+    }
+
     /// Elements of v.
     pub fn v_len(&self) -> usize {
         self.parts * self.shape.tokens * v_columns(self.shape.max_rank) * self.shape.slices
     }
 
-    /// Computes `v` `[parts, tokens, v_columns]` from `x` `[tokens, k]`, both aligned to 16 bytes. `index` `[tokens]` names every
+    /// Computes `v` `[parts, tokens, v_columns]` from `x` `[tokens / choices, k]`, both aligned to 16 bytes. `index` `[tokens]` names every
     /// token's adapter (-1: none); without it all use adapter 0. Transposed, computes `u` from `dy`.
     ///
     /// # Errors
@@ -234,7 +257,7 @@ impl Plan {
         if adapters.slices().len() != slices {
             return Err(Error::argument("adapters.slices", slices.to_string(), adapters.slices().len()));
         }
-        x.check("x", tokens * k, 16, device)?;
+        x.check("x", tokens / self.choices * k, 16, device)?;
         v.check("v", self.v_len(), 16, device)?;
         let table_len = adapters.len();
         // Transposed, a slice's part of dY begins where the ones before it end.
@@ -253,7 +276,7 @@ impl Plan {
             vectors: u32::from(vectors),
             dropout: dropout::Params::new(self.dropout.as_ref()),
             factor: self.dropout.map_or(1.0, |dropout| dropout.scale()),
-            padding: 0,
+            choices: self.choices as u32,
         };
         let launch = Launch {
             kernel,

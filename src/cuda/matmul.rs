@@ -163,6 +163,21 @@ pub enum WeightFormat {
     },
 }
 
+impl WeightFormat {
+    /// Whether rows of k elements, and of x of type `dtype`, can be read in pieces of 16 bytes.
+    pub(super) const fn has_vectors(self, k: usize, dtype: DType) -> bool {
+        k.is_multiple_of(match self {
+            WeightFormat::Nf4 { .. } => 32,
+            WeightFormat::Dense => 16 / dtype.size(),
+        })
+    }
+
+    /// Whether rows of k elements are codes in slices with one absmax each, for `skinny` and `decode`.
+    pub(super) const fn has_one_absmax(self, k: usize) -> bool {
+        matches!(self, WeightFormat::Nf4 { blocksize: SLICE.. }) && k.is_multiple_of(SLICE)
+    }
+}
+
 /// What is to be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -316,16 +331,12 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     if let WeightFormat::Nf4 { blocksize } = weight {
         check_blocksize("weight.blocksize", blocksize)?;
     }
-    let vectors = k.is_multiple_of(match weight {
-        WeightFormat::Nf4 { .. } => 32,
-        WeightFormat::Dense => 16 / dtype.size(),
-    });
-    let one_absmax = matches!(weight, WeightFormat::Nf4 { blocksize: SLICE.. }) && k.is_multiple_of(SLICE);
+    let (vectors, one_absmax) = (weight.has_vectors(k, dtype), weight.has_one_absmax(k));
     let hopper = Target::for_capability(device.capability)? == Target::Compute90a;
     let choice = if dtype == DType::F32 || k == 0 {
         Choice::matvec(shape, vectors)
     } else if tokens <= 16 && one_absmax {
-        if hopper { Choice::decode(shape) } else { Choice::skinny(shape) }
+        if hopper { Choice::decode(shape) } else { Choice::skinny(tokens) }
     } else if tokens <= 8 {
         Choice::matvec(shape, vectors)
     } else if tokens > 16 && vectors && hopper {
@@ -373,14 +384,14 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
 }
 
 /// What the kernels have to say to a plan.
-struct Choice {
-    name: &'static str,
-    tile: Tile,
-    threads: u32,
-    shared_bytes: u32,
+pub(super) struct Choice {
+    pub name: &'static str,
+    pub tile: Tile,
+    pub threads: u32,
+    pub shared_bytes: u32,
     /// Blocks that a multiprocessor should have to keep its memory busy.
     blocks_per_sm: u64,
-    rounding: Rounding,
+    pub rounding: Rounding,
     grid: Grid,
 }
 
@@ -413,8 +424,9 @@ impl Choice {
         }
     }
 
-    fn skinny(shape: &Shape) -> Self {
-        let tokens = if shape.tokens <= 8 { 8 } else { 16 };
+    /// For so many tokens, up to 16.
+    pub(super) fn skinny(tokens: usize) -> Self {
+        let tokens = if tokens <= 8 { 8 } else { 16 };
         Self {
             name: "skinny",
             tile: Tile { tokens, rows: 32, step: SKINNY_STEP },
@@ -456,7 +468,13 @@ impl Choice {
             65.. if fills(128) => 128,
             _ => 64,
         };
-        let (stages, row_bytes) = match shape.weight {
+        Self::matmul_with(tokens, shape.weight, vectors)
+    }
+
+    /// `matmul` with tiles of so many tokens.
+    pub(super) fn matmul_with(tokens: usize, weight: WeightFormat, vectors: bool) -> Self {
+        const ROWS: usize = 128;
+        let (stages, row_bytes) = match weight {
             _ if !vectors => (1, MATMUL_STEP * 2),
             WeightFormat::Nf4 { .. } => (4, MATMUL_STEP / 2),
             WeightFormat::Dense => (3, MATMUL_STEP * 2),
@@ -469,7 +487,7 @@ impl Choice {
             threads: 128,
             shared_bytes: pipeline.max(staging) as u32,
             blocks_per_sm: if tokens <= 32 { 2 } else { 1 },
-            rounding: if shape.weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
+            rounding: if weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
             grid: Grid::Tiles,
         }
     }
@@ -579,7 +597,7 @@ impl Plan {
 }
 
 /// The address of a row vector that may be absent.
-fn optional<T: Element>(
+pub(super) fn optional<T: Element>(
     argument: &str,
     view: &Option<View<'_, T>>,
     n: usize,

@@ -15,7 +15,9 @@ pub mod dora_scale;
 #[cfg(feature = "cuda")]
 mod driver;
 mod dropout;
+pub mod expert_groups;
 pub mod expert_index;
+pub mod expert_matmul;
 mod gradient_table;
 mod image;
 pub mod lora_expand;
@@ -55,7 +57,9 @@ const KERNELS: &[&[Kernel]] = &[
     adamw::KERNELS,
     dora_gradient::KERNELS,
     dora_scale::KERNELS,
+    expert_groups::KERNELS,
     expert_index::KERNELS,
+    expert_matmul::KERNELS,
     lora_expand::KERNELS,
     lora_gradient::KERNELS,
     lora_shrink::KERNELS,

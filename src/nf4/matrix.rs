@@ -17,13 +17,13 @@ pub enum Nesting {
 /// A tensor in 4-bit blocks, with the parts that a checkpoint holds. The parts fit each other.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Nf4Matrix {
-    shape: Vec<usize>,
-    numel: usize,
-    packed: Vec<u8>,
-    absmax: Absmax,
-    blocksize: usize,
-    codebook: Codebook,
-    dtype: DType,
+    pub(super) shape: Vec<usize>,
+    pub(super) numel: usize,
+    pub(super) packed: Vec<u8>,
+    pub(super) absmax: Absmax,
+    pub(super) blocksize: usize,
+    pub(super) codebook: Codebook,
+    pub(super) dtype: DType,
 }
 
 impl Nf4Matrix {

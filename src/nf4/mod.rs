@@ -19,6 +19,7 @@ mod dynamic_map;
 mod matrix;
 mod nested;
 mod quantize;
+mod stacked;
 
 pub use codebook::{Codebook, QuantType};
 pub use dequantize::dequantize;

@@ -203,6 +203,12 @@ impl<T: Element, A: Element> Problem<T, A> {
     /// 2^-16 of |v||b| twice for what is cut off and once for the product left out (4 * 2^-16 in all covers the second
     /// order). The result y' is rounded to T: a share u_T of |y'|, or half the smallest subnormal of T.
     pub fn bound(&self, plan: &matmul::Plan, truth: &cpu::Truth) -> f64 {
+        let prefill = plan.kernel.is_some_and(|kernel| kernel.module == "prefill");
+        self.bound_of(plan.rounding, prefill, truth)
+    }
+
+    /// The same of any plan's rounding, in `prefill` or not.
+    pub fn bound_of(&self, rounding: matmul::Rounding, prefill: bool, truth: &cpu::Truth) -> f64 {
         let (u, u_t) = ((-24f64).exp2(), if T::DTYPE.size() == 4 { 0.0 } else { T::DTYPE.unit_roundoff() });
         let branch = match self.max_rank() {
             0 => 0,
@@ -210,10 +216,10 @@ impl<T: Element, A: Element> Problem<T, A> {
         };
         let steps = (self.k + branch + 4) as f64;
         let mut share = 2.0 * steps * u * (1.0 + u).powf(2.0 * steps);
-        if plan.rounding == matmul::Rounding::Value {
+        if rounding == matmul::Rounding::Value {
             share += u_t;
         }
-        if plan.kernel.is_some_and(|kernel| kernel.module == "prefill") && self.adapters.is_some() {
+        if prefill && self.adapters.is_some() {
             share += 4.0 * (-16f64).exp2();
         }
         let sum = share * truth.magnitude;
