@@ -127,7 +127,6 @@ __device__ __forceinline__ void skinny(const P& p) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.y;
     const auto share = share_of<kRows, kTokens>(p);
     if (share.template ends<T>(p)) return;
-    const uint32_t first_row = share.first_row, first_token = share.first_token;
     const uint32_t slices = p.k / kSlice;
     const Range range((slices + kWarps - 1) / kWarps, split, p.splits);
     const uint32_t end = min(range.end * kWarps, slices);
@@ -168,15 +167,15 @@ __device__ __forceinline__ void skinny(const P& p) {
         }
     }
     const bool has_branch = p.branch.adapters.entries != nullptr && split == 0;
-    if (has_branch) low_rank<T>(p.branch, first_token, p.tokens, first_row, p.n, delta, share);
+    if (has_branch) low_rank<T>(p.branch, share.first_token, p.tokens, share.first_row, p.n, delta, share);
     __syncthreads();
-    if (first_row + lane >= p.n) return;
-    const Column<T> column(p.output, p.n, first_row + lane, share.above);
-    for (uint32_t m = warp; m < kTokens && first_token + m < share.end(p.tokens); m += kWarps) {
+    if (share.first_row + lane >= p.n) return;
+    const Column<T> column(p.output, p.n, share.first_row + lane, share.above);
+    for (uint32_t m = warp; m < kTokens && share.first_token + m < share.end(p.tokens); m += kWarps) {
         float sum = staging[0][m][lane];
 #pragma unroll
         for (int w = 1; w < kWarps; ++w) sum += staging[w][m][lane];
-        column.store(share.row(first_token + m), has_branch ? sum + delta[m][lane] : sum, split, p.tokens);
+        column.store(share.row(share.first_token + m), has_branch ? sum + delta[m][lane] : sum, split, p.tokens);
     }
 }
 

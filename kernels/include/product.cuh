@@ -70,36 +70,52 @@ struct Share : InOrder {
 // at most start[i + 1] / Tokens + 1. Neighbouring blocks have the same rows of w, or those of the next expert.
 template <int Rows, int Tokens>
 struct ExpertShare {
-    const int32_t* rows;
-    uint32_t first_row, first_token, last, choices, above;
-    int32_t expert;
+    // In shared memory: in registers it would be kept through the whole product.
+    struct Place {
+        uint32_t first_row, first_token, last, above;
+        int32_t expert;
+    };
+    const ExpertParams& p;
+    const uint32_t &first_row, &first_token, &last, &above;
+    const int32_t& expert;
 
-    // Called by whole warps.
-    __device__ __forceinline__ explicit ExpertShare(const ExpertParams& p) : rows(p.groups.row), choices(p.groups.choices) {
-        const uint32_t slots = p.tokens / Tokens + p.groups.count, slot = blockIdx.x % slots;
-        first_row = blockIdx.x / slots * Rows;
-        uint32_t group = 0;
+    // Called by all threads of the block.
+    __device__ __forceinline__ explicit ExpertShare(const ExpertParams& p) : ExpertShare(p, find(p)) {}
+    __device__ __forceinline__ ExpertShare(const ExpertParams& p, const Place& place)
+        : p(p), first_row(place.first_row), first_token(place.first_token), last(place.last), above(place.above), expert(place.expert) {}
+
+    static __device__ __forceinline__ const Place& find(const ExpertParams& p) {
+        __shared__ Place place;
+        const ExpertGroups& groups = p.groups;
+        const uint32_t slots = p.tokens / Tokens + groups.count, slot = blockIdx.x % slots;
+        if (threadIdx.x < 32) {
+            uint32_t before = 0;  // groups that begin with this slot or one before
 #pragma unroll 4
-        for (uint32_t i = threadIdx.x % 32; i < p.groups.count + threadIdx.x % 32; i += 32) {
-            const bool before = i < p.groups.count && uint32_t(p.groups.start[i]) / Tokens + i <= slot;
-            const uint32_t found = __popc(__ballot_sync(0xffffffffu, before));
-            group += found;
+            for (uint32_t first = 0; first < groups.count; first += 32) {
+                const uint32_t i = first + threadIdx.x;
+                const bool begins = i < groups.count && uint32_t(groups.start[i]) / Tokens + i <= slot;
+                before += __popc(__ballot_sync(0xffffffffu, begins));
+            }
+            if (threadIdx.x == 0) {
+                const uint32_t group = before - 1, start = groups.start[group];  // the first one has slot 0
+                place.first_row = blockIdx.x / slots * Rows;
+                place.first_token = start + (slot - start / Tokens - group) * Tokens;
+                place.last = groups.start[group + 1];
+                place.expert = groups.expert[group];
+                place.above = max(place.expert, 0) * p.n;
+            }
         }
-        group -= 1;  // the first one has slot 0
-        const uint32_t start = p.groups.start[group];
-        first_token = start + (slot - start / Tokens - group) * Tokens;
-        last = p.groups.start[group + 1];
-        expert = p.groups.expert[group];
-        above = max(expert, 0) * p.n;
+        __syncthreads();
+        return place;
     }
 
     __device__ __forceinline__ uint32_t end(uint32_t) const { return last; }
-    __device__ __forceinline__ uint32_t row(uint32_t token) const { return rows[token]; }
-    __device__ __forceinline__ uint32_t input(uint32_t token) const { return row(token) / choices; }
+    __device__ __forceinline__ uint32_t row(uint32_t token) const { return p.groups.row[token]; }
+    __device__ __forceinline__ uint32_t input(uint32_t token) const { return row(token) / p.groups.choices; }
 
     // Whether there is no product to make: the slot is not used, or its rows have no expert and become zeros (NaN for a wrong one).
     template <typename T>
-    __device__ __forceinline__ bool ends(const Params& p) const {
+    __device__ __forceinline__ bool ends(const Params&) const {
         if (first_token >= last) return true;
         if (expert >= 0) return false;
         const T value = from_f32<T>(expert == -1 ? 0.0f : nan_value());
@@ -111,7 +127,7 @@ struct ExpertShare {
     }
 
     template <typename Weights>
-    __device__ __forceinline__ Weights weights(const Params& p, uint32_t row) const { return Weights(p, first_row, row, above); }
+    __device__ __forceinline__ Weights weights(const Params&, uint32_t row) const { return Weights(p, first_row, row, above); }
     template <typename Fill>
     __device__ __forceinline__ void fill(Fill fill, uint8_t* tile, uint32_t k) const { fill(tile, first_row, k, above); }
 };

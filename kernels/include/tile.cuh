@@ -134,13 +134,14 @@ template <int Tokens, int RowBytes, int Threads, int Rows>
 struct InputCopier<Tokens, RowBytes, Threads, ExpertShare<Rows, Tokens>> {
     static constexpr uint32_t kChunks = RowBytes / 16, kStride = Threads / kChunks, kElements = kSlice / kChunks;
     const Params& p;
-    uint32_t row[Tokens / kStride];  // of x
+    uint32_t* rows;  // of x, in shared memory: a register each is too many
 
     __device__ __forceinline__ InputCopier(const Params& p, const ExpertShare<Rows, Tokens>& share) : p(p) {
-#pragma unroll
-        for (uint32_t i = 0; i < Tokens / kStride; ++i) {
-            row[i] = share.input(min(share.first_token + i * kStride + threadIdx.x / kChunks, share.last - 1));
-        }
+        static_assert(Tokens <= Threads, "a thread for each");
+        __shared__ uint32_t memory[Tokens];
+        rows = memory;
+        if (threadIdx.x < Tokens) rows[threadIdx.x] = share.input(min(share.first_token + threadIdx.x, share.last - 1));
+        __syncthreads();
     }
 
     template <typename Offset>
@@ -150,7 +151,7 @@ struct InputCopier<Tokens, RowBytes, Threads, ExpertShare<Rows, Tokens>> {
         const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? slice * RowBytes + chunk * 16 : 0);
 #pragma unroll
         for (uint32_t i = 0; i < Tokens / kStride; ++i) {
-            const uint8_t* at = from + uint64_t(row[i]) * (p.k / kElements * 16);
+            const uint8_t* at = from + uint64_t(rows[token + i * kStride]) * (p.k / kElements * 16);
             ptx::copy_async16(shared + offset(token, chunk) + i * kStride * RowBytes, at, inside ? 16 : 0);
         }
     }

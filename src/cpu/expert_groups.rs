@@ -6,7 +6,7 @@ use crate::nf4::check_len;
 ///
 /// Group i has the rows from `row[start[i]]` to before `row[start[i + 1]]`, in ascending order. Groups are in the order of their
 /// experts; those of rows without one (-1), and of rows with a wrong number (-2), come last. Groups that are not used are empty, of expert
-/// -1.
+/// -1. Without rows nothing is written.
 ///
 /// # Errors
 /// [`Error::Argument`](crate::Error::Argument) when `groups` has not `2 * count + 1 + rows` elements. It is not written then.
@@ -14,6 +14,9 @@ pub fn expert_groups(expert: &[i32], experts: usize, groups: &mut [i32]) -> Resu
     let rows = expert.len();
     let count = rows.min(experts.saturating_add(2));
     check_len("groups", 2 * count + 1 + rows, "elements", groups.len())?;
+    if rows == 0 {
+        return Ok(());
+    }
     let (start, rest) = groups.split_at_mut(count + 1);
     let (group_expert, row) = rest.split_at_mut(count);
     start.fill(rows as i32);

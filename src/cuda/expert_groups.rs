@@ -4,7 +4,7 @@
 //! It fills a buffer of i32 with `start` `[count + 1]`, `expert` `[count]` and `row` `[rows]` one behind the other, where `count` is
 //! the smaller one of `rows` and `experts + 2`: group i has the expert `expert[i]` and the rows from `row[start[i]]` to before
 //! `row[start[i + 1]]`, in ascending order. Groups are in the order of the experts. Behind them come the rows that have no expert,
-//! -1, and those with a wrong number, -2. What is left of the groups is empty. The numbers are the same every time.
+//! -1, and those with a wrong number, -2. What is left of the groups is empty. The numbers are the same every time. Without rows nothing is written.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -94,11 +94,11 @@ mod tests {
         refused(&[&good, &plain(4, 64, 128)], "parts[1].blocksize");
         refused(&[&good, &good, &plain(2, 128, 64)], "parts[2].shape");
         refused(&[&plain(3, 33, 64), &plain(4, 33, 64)], "parts[0]");
-        let quantize = |codebook| {
-            Nf4Matrix::quantize(&[half::f16::ONE; 64], [1, 64], 64, codebook, Nesting::Plain).unwrap()
+        let quantize = |codebook: Codebook| {
+            Nf4Matrix::quantize(&[half::f16::ONE; 64], [1, 64], 64, &codebook, Nesting::Plain).unwrap()
         };
-        refused(&[&good, &quantize(&Codebook::nf4())], "parts[1].dtype");
-        refused(&[&quantize(&Codebook::nf4()), &quantize(&Codebook::fp4())], "parts[1].codebook");
+        refused(&[&good, &quantize(Codebook::nf4())], "parts[1].dtype");
+        refused(&[&quantize(Codebook::nf4()), &quantize(Codebook::fp4())], "parts[1].codebook");
         assert_eq!(good.dtype(), DType::F32);
     }
 }
