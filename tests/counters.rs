@@ -43,8 +43,9 @@ const ABOUT_BLOCKS: &str = "\
 By what prototypes took (`benches/results`, *decode*: 5.10 us for 4096 x 4096, 6.44 us for 6144 x 4096) a stage is 1.3 us where all multiprocessors share
 the memory, and a launch 2.4 us before its first. More blocks for a stage would have to add their sums. A second kernel is 0.72 us even when it is
 empty, and a cluster that adds them through its shared memory took 0.44 us for each exchange (28672 x 4096: 32.5 us in clusters of two, 20.6 us without,
-27 tiles each). What is left to gain is less than that, so a stage is not split. Few rows should rather not be launched alone: query, key and value
-of 4096, 1024 and 1024 rows are 6144 x 4096, one launch that fills the device (`Nf4Matrix::stacked` makes one weight of three).
+27 tiles each). So four blocks for one stage would gain at most 0.5 of 3.7 us, and nothing if instructions are what a stage alone waits for (65536
+weights at 63 a clock, `SASS.md`, are 0.55 us): it is not split. Few rows should rather not be launched alone: query, key and value of 4096, 1024
+and 1024 rows are 6144 x 4096, one launch that fills the device (`Nf4Matrix::stacked` makes one weight of three).
 ";
 
 /// A launch, and the fewest bytes that it has to read and write.
