@@ -98,6 +98,7 @@ pub mod formats;
 pub mod guide;
 pub mod nf4;
 pub mod parallel;
+mod simd;
 pub mod tensor;
 pub mod train;
 

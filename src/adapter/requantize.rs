@@ -217,7 +217,7 @@ impl Quantizer<'_> {
     }
 
     /// The scale for a block of values.
-    fn scale(&self, grid: &Grid<'_>, index: usize, block: &[f32]) -> f32 {
+    fn scale(&self, grid: &Grid, index: usize, block: &[f32]) -> f32 {
         let largest = largest_magnitude(block);
         match self.requantize.scale {
             Scale::Largest => largest,
@@ -310,16 +310,16 @@ struct Scratch {
 }
 
 /// The values of a codebook in ascending order.
-pub(crate) struct Grid<'a> {
-    pub coder: Coder<'a>,
+pub(crate) struct Grid {
+    pub coder: Coder,
     pub values: [f32; 16],
 }
 
 /// Candidates for a block's scale, as shares of its largest magnitude.
 pub(crate) const SHARES: [f32; 12] = [1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.83, 0.8, 1.02, 1.05];
 
-impl<'a> Grid<'a> {
-    pub fn new(codebook: &'a Codebook) -> Self {
+impl Grid {
+    pub fn new(codebook: &Codebook) -> Self {
         let values = codebook.codes().map(|code| codebook.values()[usize::from(code)]);
         Self { coder: Coder::new(codebook), values }
     }

@@ -1,8 +1,11 @@
 //! Codes and absmax to elements.
 
+use std::marker::PhantomData;
+
 use rayon::prelude::*;
 
 use super::{Codebook, TASK, block_count, check_blocksize, check_len, packed_len};
+use crate::simd::{GROUP, GROUP_BYTES, Level, Portable, Simd, with_level};
 use crate::{Element, Result};
 
 /// Dequantises into `out`, flat: `round_T(value[code] * absmax)`, an f32 product and one rounding to nearest even, as
@@ -33,56 +36,123 @@ pub(super) fn decode_all<T: Element>(
     out: &mut [T],
 ) {
     let tasks = out.par_chunks_mut(TASK).enumerate();
-    tasks.for_each(|(task, out)| decode(packed, &absmax, blocksize, codebook, task * TASK, out, rounded));
+    let level = Level::detect();
+    tasks.for_each(|(task, out)| {
+        with_level!(level, simd => {
+            decode::<_, Narrow<T>>(simd, packed, &absmax, blocksize, codebook, task * TASK, out)
+        });
+    });
 }
 
-/// The elements from `start` on, as many as `out` takes. They exist. `convert` makes the sixteen values of a block what
-/// they are in `out`.
-pub(super) fn decode<V: Copy>(
+/// What elements are decoded to.
+pub(super) trait Form {
+    type Value: Copy;
+    type Table<S: Simd>;
+    fn table<S: Simd>(simd: S, codebook: &S::Codebook, absmax: f32) -> Self::Table<S>;
+    fn group<S: Simd>(
+        simd: S,
+        table: &Self::Table<S>,
+        codes: &[u8; GROUP_BYTES],
+        out: &mut [Self::Value; GROUP],
+    );
+    /// The table in plain Rust.
+    fn values(scaled: [f32; 16]) -> [Self::Value; 16];
+}
+
+/// Elements of type `T`.
+pub(super) struct Narrow<T>(PhantomData<T>);
+
+/// Elements of type `T`, widened.
+pub(super) struct Wide<T>(PhantomData<T>);
+
+impl<T: Element> Form for Narrow<T> {
+    type Value = T;
+    type Table<S: Simd> = S::Elements<T>;
+
+    #[inline(always)]
+    fn table<S: Simd>(simd: S, codebook: &S::Codebook, absmax: f32) -> Self::Table<S> {
+        simd.elements(codebook, absmax)
+    }
+
+    #[inline(always)]
+    fn group<S: Simd>(
+        simd: S,
+        table: &Self::Table<S>,
+        codes: &[u8; GROUP_BYTES],
+        out: &mut [T; GROUP],
+    ) {
+        simd.decode_elements(table, codes, out);
+    }
+
+    fn values(scaled: [f32; 16]) -> [T; 16] {
+        Portable.elements(&scaled, 1.0)
+    }
+}
+
+impl<T: Element> Form for Wide<T> {
+    type Value = f32;
+    type Table<S: Simd> = S::Floats<T>;
+
+    #[inline(always)]
+    fn table<S: Simd>(simd: S, codebook: &S::Codebook, absmax: f32) -> Self::Table<S> {
+        simd.floats::<T>(codebook, absmax)
+    }
+
+    #[inline(always)]
+    fn group<S: Simd>(
+        simd: S,
+        table: &Self::Table<S>,
+        codes: &[u8; GROUP_BYTES],
+        out: &mut [f32; GROUP],
+    ) {
+        let lanes = simd.decode_floats::<T>(table, codes);
+        for (out, lanes) in out.as_chunks_mut().0.iter_mut().zip(lanes) {
+            *out = simd.store(lanes).0;
+        }
+    }
+
+    fn values(scaled: [f32; 16]) -> [f32; 16] {
+        Portable.floats::<T>(&scaled, 1.0)
+    }
+}
+
+/// The elements from `start` on, as many as `out` takes. They exist. To be inlined into what `simd` runs.
+#[inline(always)]
+pub(super) fn decode<S: Simd, F: Form>(
+    simd: S,
     packed: &[u8],
     absmax: impl Fn(usize) -> f32,
     blocksize: usize,
     codebook: &Codebook,
     start: usize,
-    out: &mut [V],
-    convert: impl Fn([f32; 16]) -> [V; 16],
+    out: &mut [F::Value],
 ) {
+    let values = simd.codebook(codebook.values());
     let (mut at, mut rest) = (start, out);
     while !rest.is_empty() {
         let block = at / blocksize;
-        let absmax = absmax(block);
-        let values = convert(codebook.values().map(|value| value * absmax));
         let in_block = rest.len().min((block + 1) * blocksize - at);
         let (elements, tail) = rest.split_at_mut(in_block);
-        unpack(packed, at, &values, elements);
+        let absmax = absmax(block);
+        // Groups begin where a byte begins.
+        let (single, elements) = elements.split_at_mut(at % 2);
+        let (groups, last) = elements.as_chunks_mut();
+        let codes = &packed[at.div_ceil(2)..];
+        let (group_codes, last_codes) = codes.split_at(groups.len() * GROUP_BYTES);
+        if !groups.is_empty() {
+            let table = F::table(simd, &values, absmax);
+            for (group, codes) in groups.iter_mut().zip(group_codes.as_chunks().0) {
+                F::group(simd, &table, codes, group);
+            }
+        }
+        if !single.is_empty() || !last.is_empty() {
+            let values = F::values(codebook.values().map(|value| value * absmax));
+            single.iter_mut().for_each(|single| *single = values[usize::from(packed[at / 2] & 15)]);
+            for (pair, byte) in last.chunks_mut(2).zip(last_codes) {
+                let codes = [byte >> 4, byte & 15].map(usize::from);
+                pair.iter_mut().zip(codes).for_each(|(element, code)| *element = values[code]);
+            }
+        }
         (at, rest) = (at + in_block, tail);
-    }
-}
-
-/// Rounds a block's values.
-pub(super) fn rounded<T: Element>(values: [f32; 16]) -> [T; 16] {
-    let mut rounded = [T::from_f32(0.0); 16];
-    T::round(&values, &mut rounded);
-    rounded
-}
-
-/// Looks up the codes from element `start` on.
-fn unpack<T: Copy>(packed: &[u8], start: usize, values: &[T; 16], mut out: &mut [T]) {
-    let high = |byte: u8| values[usize::from(byte >> 4)];
-    let low = |byte: u8| values[usize::from(byte & 15)];
-    let mut packed = &packed[start / 2..];
-    if start % 2 == 1 {
-        let Some((first, rest)) = out.split_first_mut() else { return };
-        *first = low(packed[0]);
-        (packed, out) = (&packed[1..], rest);
-    }
-    let mut pairs = out.chunks_exact_mut(2);
-    let mut bytes = packed.iter();
-    for (pair, &byte) in pairs.by_ref().zip(bytes.by_ref()) {
-        pair[0] = high(byte);
-        pair[1] = low(byte);
-    }
-    if let ([last], Some(&byte)) = (pairs.into_remainder(), bytes.next()) {
-        *last = high(byte);
     }
 }

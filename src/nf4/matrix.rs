@@ -1,7 +1,8 @@
 //! A quantised tensor.
 
-use super::dequantize::{decode, decode_all, rounded};
+use super::dequantize::{Form, Narrow, Wide, decode, decode_all};
 use super::{Absmax, Codebook, block_count, check_blocksize, check_len, nest, packed_len, quantize};
+use crate::simd::{Level, Simd, with_level};
 use crate::tensor::{Tensor, each_dtype, numel};
 use crate::{DType, Element, Error, Result};
 
@@ -90,9 +91,23 @@ impl Nf4Matrix {
 
     /// All elements, row-major.
     pub fn dequantize<T: Element>(&self) -> Vec<T> {
-        let mut out = vec![T::from_f32(0.0); self.numel];
-        decode_all(&self.packed, |block| self.absmax.get(block), self.blocksize, &self.codebook, &mut out);
+        let mut out = bytemuck::zeroed_vec(self.numel);
+        self.decode_all(&mut out);
         out
+    }
+
+    /// All elements, row-major, into memory of the caller's.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `out` is not as long as the tensor.
+    pub fn dequantize_into<T: Element>(&self, out: &mut [T]) -> Result<()> {
+        check_len("out", self.numel, "elements", out.len())?;
+        self.decode_all(out);
+        Ok(())
+    }
+
+    fn decode_all<T: Element>(&self, out: &mut [T]) {
+        decode_all(&self.packed, |block| self.absmax.get(block), self.blocksize, &self.codebook, out);
     }
 
     /// The tensor, in the type that it was quantised from.
@@ -114,21 +129,25 @@ impl Nf4Matrix {
             let got = format!("{} from {start} on", out.len());
             return Err(Error::argument("out", format!("elements of {}", self.numel), got));
         }
-        self.decode_as(start, out, rounded);
+        with_level!(Level::detect(), simd => self.decode_by::<_, Narrow<T>>(simd, start, out));
         Ok(())
     }
 
     /// [`Nf4Matrix::decode`], widened. The elements exist.
     pub(crate) fn decode_widened<T: Element>(&self, start: usize, out: &mut [f32]) {
-        self.decode_as(start, out, |mut values| {
-            T::widen(&rounded::<T>(values), &mut values);
-            values
-        });
+        with_level!(Level::detect(), simd => self.decode_widened_by::<_, T>(simd, start, out));
     }
 
-    fn decode_as<V: Copy>(&self, start: usize, out: &mut [V], convert: impl Fn([f32; 16]) -> [V; 16]) {
+    /// The same, to be inlined into what `simd` runs.
+    #[inline(always)]
+    pub(crate) fn decode_widened_by<S: Simd, T: Element>(&self, simd: S, start: usize, out: &mut [f32]) {
+        self.decode_by::<S, Wide<T>>(simd, start, out);
+    }
+
+    #[inline(always)]
+    fn decode_by<S: Simd, F: Form>(&self, simd: S, start: usize, out: &mut [F::Value]) {
         let absmax = |block| self.absmax.get(block);
-        decode(&self.packed, absmax, self.blocksize, &self.codebook, start, out, convert);
+        decode::<S, F>(simd, &self.packed, absmax, self.blocksize, &self.codebook, start, out);
     }
 
     /// Sizes of the dimensions, slowest first; a linear layer's weight is `[out, in]`.

@@ -1,6 +1,7 @@
 //! Double quantisation: absmax in 8 bits.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use super::dynamic_map::encode;
 use super::quantize::largest_magnitude;
@@ -48,6 +49,14 @@ impl Absmax {
         match self {
             Absmax::Plain(absmax) => absmax[block],
             Absmax::Nested(nested) => nested.get(block),
+        }
+    }
+
+    /// Appends the scales of some blocks, which exist.
+    pub(crate) fn extend(&self, blocks: Range<usize>, scales: &mut Vec<f32>) {
+        match self {
+            Absmax::Plain(absmax) => scales.extend_from_slice(&absmax[blocks]),
+            Absmax::Nested(nested) => scales.extend(blocks.map(|block| nested.get(block))),
         }
     }
 

@@ -3,10 +3,11 @@
 use rayon::prelude::*;
 
 use super::{BLOCKSIZES, Codebook, TASK, block_count, check_blocksize, check_len, packed_len};
+use crate::simd::{GROUP, Level, Search, Simd, with_level};
 use crate::{Element, Result};
 
 /// The largest block: what a task widens at a time.
-const GROUP: usize = BLOCKSIZES[BLOCKSIZES.len() - 1];
+const RUN: usize = BLOCKSIZES[BLOCKSIZES.len() - 1];
 
 /// Quantises `x`, flat, into `packed` (`ceil(n / 2)` bytes) and `absmax` (one f32 per block), by the rules of the
 /// [module](super).
@@ -35,42 +36,57 @@ pub fn quantize<T: Element>(
 }
 
 /// A codebook, prepared for whole blocks.
-pub(crate) struct Coder<'a> {
-    thresholds: &'a [f32; 15],
-    /// From the ranks of two elements (how many thresholds each is above) to the byte of their codes.
-    bytes: [u8; 256],
+pub(crate) struct Coder {
+    search: Search,
     zero_rank: u8,
+    level: Level,
 }
 
-impl<'a> Coder<'a> {
-    pub fn new(codebook: &'a Codebook) -> Self {
-        let codes = codebook.codes();
-        let bytes = std::array::from_fn(|ranks| (codes[ranks >> 4] << 4) | codes[ranks & 15]);
-        let zero_rank = codebook.thresholds().iter().filter(|&&t| 0.0 > t).count() as u8;
-        Self { thresholds: codebook.thresholds(), bytes, zero_rank }
+impl Coder {
+    pub fn new(codebook: &Codebook) -> Self {
+        Self::with_level(codebook, Level::detect())
     }
 
+    fn with_level(codebook: &Codebook, level: Level) -> Self {
+        let zero_rank = codebook.thresholds().iter().filter(|&&t| 0.0 > t).count() as u8;
+        Self { search: Search::new(codebook.thresholds(), codebook.codes()), zero_rank, level }
+    }
+
+    /// Whole blocks, or the last of all.
     fn task<T: Element>(&self, x: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
-        let (mut wide, mut ranks) = ([0.0; GROUP], [0; GROUP]);
-        let groups =
-            x.chunks(GROUP).zip(packed.chunks_mut(GROUP / 2)).zip(absmax.chunks_mut(GROUP / blocksize));
-        for ((x, packed), absmax) in groups {
-            let (wide, ranks) = (&mut wide[..x.len()], &mut ranks[..packed.len() * 2]);
-            T::widen(x, wide);
-            ranks[x.len()..].fill(self.zero_rank);
-            let blocks = wide.chunks(blocksize).zip(ranks.chunks_mut(blocksize)).zip(absmax);
-            for ((x, ranks), absmax) in blocks {
-                *absmax = self.block(x, ranks);
+        with_level!(self.level, simd => {
+            let (mut wide, mut ranks) = ([0.0; RUN], [0; RUN]);
+            let runs = x.chunks(RUN).zip(packed.chunks_mut(RUN / 2)).zip(absmax.chunks_mut(RUN / blocksize));
+            for ((x, packed), absmax) in runs {
+                let (wide, ranks) = (&mut wide[..x.len()], &mut ranks[..packed.len() * 2]);
+                T::widen(x, wide);
+                ranks[x.len()..].fill(self.zero_rank);
+                let blocks = wide.chunks(blocksize).zip(ranks.chunks_mut(blocksize)).zip(absmax);
+                for ((x, ranks), absmax) in blocks {
+                    *absmax = largest_magnitude(x);
+                    // The missing second of the last pair is not ours.
+                    self.nearest_by(simd, x, *absmax, &mut ranks[..x.len()]);
+                }
+                self.pack_by(simd, ranks, packed);
             }
-            self.pack(ranks, packed);
-        }
+        });
     }
 
     /// Packs the codes of so many ranks as `packed` takes.
     pub fn pack(&self, ranks: &[u8], packed: &mut [u8]) {
-        for (byte, [first, second]) in packed.iter_mut().zip(ranks.as_chunks().0) {
-            *byte = self.bytes[usize::from((first << 4) | second)];
+        with_level!(self.level, simd => self.pack_by(simd, ranks, packed));
+    }
+
+    #[inline(always)]
+    fn pack_by<S: Simd>(&self, simd: S, ranks: &[u8], packed: &mut [u8]) {
+        let (groups, rest) = packed.as_chunks_mut();
+        let (group_ranks, rest_ranks) = ranks.as_chunks();
+        for (packed, ranks) in groups.iter_mut().zip(group_ranks) {
+            *packed = simd.pack(&self.search, ranks);
         }
+        let mut last = [0; GROUP];
+        last[..rest_ranks.len()].copy_from_slice(rest_ranks);
+        rest.copy_from_slice(&simd.pack(&self.search, &last)[..rest.len()]);
     }
 
     /// The rank of zero, which also fills the last byte of an odd number of elements.
@@ -78,39 +94,24 @@ impl<'a> Coder<'a> {
         self.zero_rank
     }
 
-    /// How many thresholds each lane is above; all lanes side by side, which compilers make vectors of.
-    #[inline(always)]
-    fn ranks<const LANES: usize>(&self, x: [f32; LANES]) -> [u8; LANES] {
-        let mut ranks = [0i32; LANES];
-        for t in self.thresholds {
-            for (rank, x) in ranks.iter_mut().zip(&x) {
-                *rank += i32::from(x > t);
-            }
-        }
-        ranks.map(|rank| rank as u8)
-    }
-
-    /// Writes the rank of each element of one block, and returns its absmax.
-    fn block(&self, x: &[f32], ranks: &mut [u8]) -> f32 {
-        let absmax = largest_magnitude(x);
-        self.nearest(x, absmax, &mut ranks[..x.len()]); // the missing second of the last pair is not ours
-        absmax
-    }
-
     /// Writes the ranks of the nearest values of a block that is stored with the scale `absmax`; that of zero when the
     /// scale is not above zero.
-    #[inline(always)]
     pub fn nearest(&self, x: &[f32], absmax: f32, ranks: &mut [u8]) {
+        with_level!(self.level, simd => self.nearest_by(simd, x, absmax, ranks));
+    }
+
+    #[inline(always)]
+    fn nearest_by<S: Simd>(&self, simd: S, x: &[f32], absmax: f32, ranks: &mut [u8]) {
         if absmax > 0.0 {
             let (lift, inverse) = normaliser(absmax);
-            let (lanes, rest) = x.as_chunks::<16>();
-            let (rank_lanes, rank_rest) = ranks.as_chunks_mut();
-            for (ranks, x) in rank_lanes.iter_mut().zip(lanes) {
-                *ranks = self.ranks(x.map(|x| x * lift * inverse));
+            let (groups, rest) = x.as_chunks();
+            let (group_ranks, rest_ranks) = ranks.as_chunks_mut();
+            for (ranks, x) in group_ranks.iter_mut().zip(groups) {
+                *ranks = simd.ranks(&self.search, x, lift, inverse);
             }
-            for (rank, x) in rank_rest.iter_mut().zip(rest) {
-                [*rank] = self.ranks([x * lift * inverse]);
-            }
+            let mut last = [0.0; GROUP];
+            last[..rest.len()].copy_from_slice(rest);
+            rest_ranks.copy_from_slice(&simd.ranks(&self.search, &last, lift, inverse)[..rest.len()]);
         } else {
             ranks.fill(self.zero_rank);
         }
@@ -131,4 +132,45 @@ pub(crate) fn largest_magnitude(x: &[f32]) -> f32 {
 pub(super) fn normaliser(absmax: f32) -> (f32, f32) {
     let lift = if absmax < f32::MIN_POSITIVE { (1u128 << 64) as f32 } else { 1.0 };
     (lift, 1.0 / (absmax * lift))
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    /// Blocks of 32 with this absmax, and all of `x` that is not larger.
+    fn check<T: Element>(level: Level, codebook: &Codebook, absmax: T, x: impl Iterator<Item = T>) {
+        let x: Vec<T> = x.filter(|x| x.to_f32().abs() <= absmax.to_f32()).collect();
+        let blocks: Vec<T> = x.chunks(31).flat_map(|x| std::iter::once(absmax).chain(x.iter().copied())).collect();
+        let mut packed = vec![0; packed_len(blocks.len())];
+        let mut scales = vec![0.0; block_count(blocks.len(), 32)];
+        Coder::with_level(codebook, level).task(&blocks, 32, &mut packed, &mut scales);
+        assert!(scales.iter().all(|scale| *scale == absmax.to_f32()), "{level:?} {absmax:?}");
+        let (lift, inverse) = normaliser(absmax.to_f32());
+        for (i, x) in blocks.iter().enumerate() {
+            let code = (packed[i / 2] >> (4 - 4 * (i % 2))) & 15;
+            assert_eq!(code, codebook.code(x.to_f32() * lift * inverse), "{level:?} {x:?} of {absmax:?}");
+        }
+    }
+
+    /// Every bit pattern of 16 bits, and the f32 next to all thresholds, at every level.
+    #[test]
+    fn codes_are_those_of_the_rule() {
+        for (level, codebook) in
+            Level::all().into_iter().flat_map(|l| [Codebook::nf4(), Codebook::fp4()].map(|c| (l, c)))
+        {
+            for absmax in [1.0, 0.3701, 3e-39, 60000.0] {
+                let patterns = 0..=u16::MAX;
+                check(level, &codebook, bf16::from_f32(absmax), patterns.clone().map(bf16::from_bits));
+                check(level, &codebook, f16::from_f32(absmax.max(1e-6)), patterns.map(f16::from_bits));
+                let near = codebook.thresholds().iter().flat_map(|t| {
+                    let middle = (t * absmax).to_bits();
+                    (-40..40).map(move |step| f32::from_bits(middle.wrapping_add_signed(step)))
+                });
+                check(level, &codebook, absmax, near);
+            }
+        }
+    }
 }

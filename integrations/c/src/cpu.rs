@@ -250,7 +250,7 @@ pub unsafe extern "C" fn lk_nf4_dequantize(
         with_type!(dtype, T => {
             // SAFETY: the caller's promise.
             let data = unsafe { slice_mut::<T>("data", data.cast(), len)? };
-            data.copy_from_slice(&nf4.dequantize::<T>());
+            nf4.dequantize_into(data)?;
         });
         Ok(())
     })

@@ -109,7 +109,7 @@ pub struct Layout<'a> {
     blocksize: usize,
     /// All of it but the indexes.
     nested: Option<&'a NestedAbsmax>,
-    coder: nf4::Coder<'a>,
+    coder: nf4::Coder,
     /// The codes by their values, ascending, and where each is among these.
     codes: [u8; 16],
     places: [u8; 16],
@@ -119,7 +119,7 @@ pub struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    pub fn new(blocksize: usize, codebook: &'a Codebook, nested: Option<&'a NestedAbsmax>) -> Self {
+    pub fn new(blocksize: usize, codebook: &Codebook, nested: Option<&'a NestedAbsmax>) -> Self {
         let value = |code: u8| codebook.values()[usize::from(code)];
         let mut codes: [u8; 16] = std::array::from_fn(|code| code as u8);
         codes.sort_by(|&a, &b| value(a).total_cmp(&value(b)));

@@ -2,7 +2,6 @@ use faer::linalg::matmul::matmul as product;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::PASS;
 use super::tiles::Tiles;
 use crate::cpu::lora_shrink::branch_scale;
 use crate::cpu::matmul::check;
@@ -10,6 +9,8 @@ use crate::cpu::{LoraGradient, MatmulExtras, Weight};
 use crate::nf4::check_len;
 use crate::{Element, Error, Result};
 
+/// Tokens whose gradients are made at once, which bounds the buffers.
+const PASS: usize = 512;
 /// Rows or columns that one task makes.
 const TASK: usize = 128;
 
@@ -111,7 +112,7 @@ fn input_gradient<T: Element, A: Element>(
 ) {
     let tokens: Vec<usize> = (first..first + dx.len() / k).collect();
     let dy = Tiles::new(&tokens, n, |i, row| T::widen(&dy[i * n..(i + 1) * n], row));
-    let mut sums = dy.times_transposed(k, |start, row| weight.read(start, row));
+    let mut sums = dy.times_transposed(k, |start, row| read(weight, start, row));
     for (a, adapter) in extras.adapters.iter().enumerate() {
         let tokens = extras.tokens_of(a, tokens.iter().copied());
         if adapter.rank == 0 || tokens.is_empty() {
@@ -131,6 +132,14 @@ fn input_gradient<T: Element, A: Element>(
         sums.add(&branch, &columns);
     }
     sums.write(dx, |_, sum| sum);
+}
+
+/// Elements of a weight from a flat index on, in `T` and then widened.
+fn read<T: Element>(weight: &Weight<'_, T>, start: usize, row: &mut [f32]) {
+    match weight {
+        Weight::Dense { data, .. } => T::widen(&data[start..start + row.len()], row),
+        Weight::Nf4(nf4) => nf4.decode_widened::<T>(start, row),
+    }
 }
 
 /// Rows of a matrix, in f32.

@@ -6,12 +6,8 @@ use crate::Element;
 
 /// Tokens of a tile: two vectors of AVX2, which is what `gemm`'s kernel takes at once.
 const LANES: usize = 16;
-/// Rows of a weight that a task decodes at a time: a multiple of the rows that `gemm` takes at once (6 with AVX2; 4, 8 or
-/// 12 elsewhere).
-const PANEL: usize = 48;
-/// Inputs that are summed at a time. No more than the depth at which `gemm` begins to cut by its own rules.
-const DEPTH: usize = 512;
-/// Columns of a weight that a task of a transposed product decodes at a time, a multiple of the same; and rows of it.
+/// Columns of a weight that a task decodes at a time, a multiple of the rows that `gemm` takes at once (6 with AVX2; 4, 8 or 12
+/// elsewhere); and rows of it, no more than the depth at which `gemm` begins to cut by its own rules.
 const COLUMNS: usize = 96;
 const RUN: usize = 256;
 
@@ -43,40 +39,6 @@ impl Tiles {
 
     fn zeros(count: usize, depth: usize) -> Self {
         Self { count, depth, values: vec![[0.0; LANES]; count * depth] }
-    }
-
-    /// The product with `n` rows of a matrix as deep as this. `read` writes its values from a flat index on.
-    pub fn times(&self, n: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut product = Self::zeros(self.count, n);
-        if self.depth == 0 {
-            return product;
-        }
-        let panels: Vec<_> = (0..n)
-            .into_par_iter()
-            .step_by(PANEL)
-            .map(|first| (first, self.times_panel(first..n.min(first + PANEL), &read)))
-            .collect();
-        for (first, panel) in panels {
-            product.put(first, &panel);
-        }
-        product
-    }
-
-    fn times_panel(&self, rows: Range<usize>, read: &impl Fn(usize, &mut [f32])) -> Self {
-        let mut product = Self::zeros(self.count, rows.len());
-        let mut panel = [0.0; PANEL * DEPTH];
-        for k in (0..self.depth).step_by(DEPTH) {
-            let depth = DEPTH.min(self.depth - k);
-            let panel = &mut panel[..rows.len() * depth];
-            for (n, row) in rows.clone().zip(panel.chunks_exact_mut(depth)) {
-                read(n * self.depth + k, row);
-            }
-            let tiles = self.values.chunks_exact(self.depth);
-            for (x, y) in tiles.zip(product.values.chunks_exact_mut(rows.len())) {
-                multiply_add(&x[k..k + depth], panel, [depth, 1], y);
-            }
-        }
-        product
     }
 
     /// The product with the rows of a matrix `[depth, n]`: each value of a token times a row, added up. `read` writes its values
@@ -111,7 +73,7 @@ impl Tiles {
             }
             let tiles = self.values.chunks_exact(self.depth);
             for (x, y) in tiles.zip(product.values.chunks_exact_mut(width)) {
-                multiply_add(&x[k..k + depth], panel, [1, width], y);
+                multiply_add(&x[k..k + depth], panel, y);
             }
         }
         product
@@ -123,11 +85,6 @@ impl Tiles {
             self.values[tile * self.depth + first..][..panel.depth]
                 .copy_from_slice(&panel.values[tile * panel.depth..][..panel.depth]);
         }
-    }
-
-    /// Multiplies every value.
-    pub fn scale(&mut self, factor: f32) {
-        self.values.as_flattened_mut().iter_mut().for_each(|value| *value *= factor);
     }
 
     /// Puts 0 in the rows of a column that `list` calls its second argument with.
@@ -160,11 +117,11 @@ impl Tiles {
     }
 }
 
-/// `y[n] += Σ_k w[n, k] x[k]` for one tile, in the order of k; `strides` of `w` are those of n and k.
-fn multiply_add(x: &[[f32; LANES]], w: &[f32], strides: [usize; 2], y: &mut [[f32; LANES]]) {
+/// `y[n] += Σ_k w[n, k] x[k]` for one tile, in the order of k; `w` is `[k, n]`.
+fn multiply_add(x: &[[f32; LANES]], w: &[f32], y: &mut [[f32; LANES]]) {
     let (n, depth) = (y.len(), x.len());
-    assert!(w.len() == n * depth && (strides == [depth, 1] || strides == [1, n]));
-    // SAFETY: with these strides `gemm` reads LANES * depth values of `x` and depth * n of `w`, and writes LANES * n of
+    assert_eq!(w.len(), n * depth);
+    // SAFETY: with these strides (1 and LANES, 1 and n) `gemm` reads LANES * depth values of `x` and depth * n of `w`, and writes LANES * n of
     // `y`, which is how long they are.
     unsafe {
         gemm::gemm(
@@ -179,8 +136,8 @@ fn multiply_add(x: &[[f32; LANES]], w: &[f32], strides: [usize; 2], y: &mut [[f3
             LANES as isize,
             1,
             w.as_ptr(),
-            strides[0] as isize,
-            strides[1] as isize,
+            1,
+            n as isize,
             1.0,
             1.0,
             false,
