@@ -109,8 +109,7 @@ impl<T: Element, A: Element> Case<T, A> {
         let truth = self.truth();
         let rank = self.adapters.iter().map(|a| a.2).max().unwrap_or(0);
         let fast = ("fast", self.fast(), fast_roundings(self.k, rank));
-        let reference =
-            ("reference", self.reference(Accumulate::F32), reference_roundings(self.k, rank));
+        let reference = ("reference", self.reference(Accumulate::F32), reference_roundings(self.k, rank));
         for (path, y, roundings) in [fast, reference] {
             for (i, (y, truth)) in y.iter().zip(&truth).enumerate() {
                 let bound = bound::<T>(*truth, roundings);

@@ -77,7 +77,16 @@ impl Dropout {
 
     /// Puts `zero` in the place of the features of a token that are dropped. The others are not scaled.
     pub fn mask<T: Copy>(&self, token: usize, zero: T, features: &mut [T]) {
-        self.for_each_dropped(token, features.len(), |feature| features[feature] = zero);
+        self.mask_from(token, 0, zero, features);
+    }
+
+    /// The same for features from `start` on, a multiple of 4.
+    pub(crate) fn mask_from<T: Copy>(&self, token: usize, start: usize, zero: T, features: &mut [T]) {
+        let threshold = self.threshold();
+        for (quad, features) in (start / 4..).zip(features.chunks_mut(4)) {
+            let words = self.words(token, quad).into_iter().zip(features);
+            words.filter(|(word, _)| *word < threshold).for_each(|(_, feature)| *feature = zero);
+        }
     }
 
     /// Calls `dropped` with each feature of a token that is dropped, of the first `count`.

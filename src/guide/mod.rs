@@ -5,6 +5,7 @@
 //! | [`formats`] | how a 4-bit weight and an adapter are stored, and what goes wrong when a reader guesses |
 //! | [`numerics`] | what is rounded where, and how far a result may be from the exact one |
 //! | [`kernels`] | each kernel: its tiles, the way of its data, its limit |
+//! | [`cpu`] | the same without a GPU: instructions, the order of sums, how to measure |
 //! | [`plans`] | which kernel runs, what a call needs, graphs, several adapters |
 //! | [`porting`] | calls of bitsandbytes and PEFT, and what takes their place |
 //!
@@ -45,6 +46,9 @@ pub mod numerics {}
 #[doc = include_str!("kernels/dora_scale.md")]
 #[doc = include_str!("kernels/dora_scale.svg")]
 pub mod kernels {}
+
+#[doc = include_str!("cpu.md")]
+pub mod cpu {}
 
 #[doc = include_str!("plans.md")]
 pub mod plans {}

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use rayon::prelude::*;
 
 use super::{Codebook, TASK, block_count, check_blocksize, check_len, packed_len};
-use crate::simd::{GROUP, GROUP_BYTES, Level, Portable, Simd, with_level};
+use crate::simd::{GROUP, GROUP_BYTES, Level, Portable, Simd, canonical, with_level};
 use crate::{Element, Result};
 
 /// Dequantises into `out`, flat: `round_T(value[code] * absmax)`, an f32 product and one rounding to nearest even, as
@@ -75,12 +75,7 @@ impl<T: Element> Form for Narrow<T> {
     }
 
     #[inline(always)]
-    fn group<S: Simd>(
-        simd: S,
-        table: &Self::Table<S>,
-        codes: &[u8; GROUP_BYTES],
-        out: &mut [T; GROUP],
-    ) {
+    fn group<S: Simd>(simd: S, table: &Self::Table<S>, codes: &[u8; GROUP_BYTES], out: &mut [T; GROUP]) {
         simd.decode_elements(table, codes, out);
     }
 
@@ -99,12 +94,7 @@ impl<T: Element> Form for Wide<T> {
     }
 
     #[inline(always)]
-    fn group<S: Simd>(
-        simd: S,
-        table: &Self::Table<S>,
-        codes: &[u8; GROUP_BYTES],
-        out: &mut [f32; GROUP],
-    ) {
+    fn group<S: Simd>(simd: S, table: &Self::Table<S>, codes: &[u8; GROUP_BYTES], out: &mut [f32; GROUP]) {
         let lanes = simd.decode_floats::<T>(table, codes);
         for (out, lanes) in out.as_chunks_mut().0.iter_mut().zip(lanes) {
             *out = simd.store(lanes).0;
@@ -133,7 +123,7 @@ pub(super) fn decode<S: Simd, F: Form>(
         let block = at / blocksize;
         let in_block = rest.len().min((block + 1) * blocksize - at);
         let (elements, tail) = rest.split_at_mut(in_block);
-        let absmax = absmax(block);
+        let absmax = canonical(absmax(block));
         // Groups begin where a byte begins.
         let (single, elements) = elements.split_at_mut(at % 2);
         let (groups, last) = elements.as_chunks_mut();

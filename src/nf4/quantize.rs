@@ -84,9 +84,11 @@ impl Coder {
         for (packed, ranks) in groups.iter_mut().zip(group_ranks) {
             *packed = simd.pack(&self.search, ranks);
         }
-        let mut last = [0; GROUP];
-        last[..rest_ranks.len()].copy_from_slice(rest_ranks);
-        rest.copy_from_slice(&simd.pack(&self.search, &last)[..rest.len()]);
+        if !rest.is_empty() {
+            let mut last = [0; GROUP];
+            last[..rest_ranks.len()].copy_from_slice(rest_ranks);
+            rest.copy_from_slice(&simd.pack(&self.search, &last)[..rest.len()]);
+        }
     }
 
     /// The rank of zero, which also fills the last byte of an odd number of elements.
@@ -109,9 +111,11 @@ impl Coder {
             for (ranks, x) in group_ranks.iter_mut().zip(groups) {
                 *ranks = simd.ranks(&self.search, x, lift, inverse);
             }
-            let mut last = [0.0; GROUP];
-            last[..rest.len()].copy_from_slice(rest);
-            rest_ranks.copy_from_slice(&simd.ranks(&self.search, &last, lift, inverse)[..rest.len()]);
+            if !rest.is_empty() {
+                let mut last = [0.0; GROUP];
+                last[..rest.len()].copy_from_slice(rest);
+                rest_ranks.copy_from_slice(&simd.ranks(&self.search, &last, lift, inverse)[..rest.len()]);
+            }
         } else {
             ranks.fill(self.zero_rank);
         }
@@ -143,7 +147,8 @@ mod tests {
     /// Blocks of 32 with this absmax, and all of `x` that is not larger.
     fn check<T: Element>(level: Level, codebook: &Codebook, absmax: T, x: impl Iterator<Item = T>) {
         let x: Vec<T> = x.filter(|x| x.to_f32().abs() <= absmax.to_f32()).collect();
-        let blocks: Vec<T> = x.chunks(31).flat_map(|x| std::iter::once(absmax).chain(x.iter().copied())).collect();
+        let blocks: Vec<T> =
+            x.chunks(31).flat_map(|x| std::iter::once(absmax).chain(x.iter().copied())).collect();
         let mut packed = vec![0; packed_len(blocks.len())];
         let mut scales = vec![0.0; block_count(blocks.len(), 32)];
         Coder::with_level(codebook, level).task(&blocks, 32, &mut packed, &mut scales);

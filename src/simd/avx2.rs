@@ -1,6 +1,6 @@
 //! AVX2, FMA and F16C. A code is looked up by byte shuffles: one for each byte of what it stands for.
 
-use std::arch::x86_64::{_CMP_GT_OQ, __m128i, __m256, __m256i, _mm256_cvtph_ps, _mm256_cvtps_ph};
+use std::arch::x86_64::{__m128i, __m256, __m256i, _CMP_GT_OQ, _mm256_cvtph_ps, _mm256_cvtps_ph};
 
 use bytemuck::{must_cast, must_cast_ref};
 
@@ -97,12 +97,7 @@ impl Avx2 {
     }
 
     #[inline(always)]
-    fn scaled<T: Element>(self, codebook: &Values, absmax: f32) -> [__m256; 2] {
-        // A NaN must not become a number when it is rounded to bf16 by an addition.
-        let absmax = match T::DTYPE == DType::BF16 && absmax.is_nan() {
-            true => f32::from_bits(absmax.to_bits() & 0xffff_0000 | 0x40_0000),
-            false => absmax,
-        };
+    fn scaled(self, codebook: &Values, absmax: f32) -> [__m256; 2] {
         let scale = must_cast([absmax; LANES]);
         let [a, b] = codebook.arranged;
         [self.avx._mm256_mul_ps(a, scale), self.avx._mm256_mul_ps(b, scale)]
@@ -117,23 +112,23 @@ impl Avx2 {
             0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14,
             14, 15, 15,
         ];
-        let bytes = avx2._mm256_broadcastsi128_si256(must_cast(*codes));
-        let twice = avx2._mm256_shuffle_epi8(bytes, must_cast(TWICE));
+        // (The intrinsic of a broadcast becomes a permutation.)
+        let twice = avx2._mm256_shuffle_epi8(must_cast([*codes; 2]), must_cast(TWICE));
         let first = avx2._mm256_and_si256(avx2._mm256_srli_epi16::<4>(twice), must_cast([0x000fu16; 16]));
         let second = avx2._mm256_and_si256(twice, must_cast([0x0f00u16; 16]));
         avx2._mm256_or_si256(first, second)
     }
 
-    /// Values of which bytes below `FIRST` are zero.
+    /// Values of which bytes below `FIRST`, at most 2, are zero.
     #[inline(always)]
     fn look_up<const FIRST: usize>(self, planes: &Planes, codes: &[u8; GROUP_BYTES]) -> [__m256; 4] {
         let avx2 = self.avx2;
         let codes = self.spread(codes);
-        let mut bytes = [must_cast([0u8; 32]); 4];
-        for (byte, plane) in bytes.iter_mut().zip(planes).skip(FIRST) {
-            *byte = avx2._mm256_shuffle_epi8(*plane, codes);
-        }
-        let [a, b, c, d] = bytes;
+        let zero = must_cast([0u8; 32]);
+        let a = if FIRST > 0 { zero } else { avx2._mm256_shuffle_epi8(planes[0], codes) };
+        let b = if FIRST > 1 { zero } else { avx2._mm256_shuffle_epi8(planes[1], codes) };
+        let c = avx2._mm256_shuffle_epi8(planes[2], codes);
+        let d = avx2._mm256_shuffle_epi8(planes[3], codes);
         let [low0, low1] = [avx2._mm256_unpacklo_epi8(a, b), avx2._mm256_unpackhi_epi8(a, b)];
         let [high0, high1] = [avx2._mm256_unpacklo_epi8(c, d), avx2._mm256_unpackhi_epi8(c, d)];
         [
@@ -205,11 +200,11 @@ impl Simd for Avx2 {
         let planes = match T::DTYPE {
             DType::F32 => codebook.planes,
             DType::F16 => {
-                let [a, b] = self.scaled::<T>(codebook, absmax);
+                let [a, b] = self.scaled(codebook, absmax);
                 self.planes([self.of_f16(self.to_f16(a)), self.of_f16(self.to_f16(b))])
             }
             DType::BF16 => {
-                let [a, b] = self.scaled::<T>(codebook, absmax);
+                let [a, b] = self.scaled(codebook, absmax);
                 self.planes([self.round_to_bf16(a), self.round_to_bf16(b)])
             }
         };
@@ -222,7 +217,7 @@ impl Simd for Avx2 {
         if T::DTYPE != DType::F16 {
             return self.floats::<T>(codebook, absmax);
         }
-        let [a, b] = self.scaled::<T>(codebook, absmax);
+        let [a, b] = self.scaled(codebook, absmax);
         let planes = self.planes([self.upper_f16(a), self.upper_f16(b)]);
         Table { planes, scale: must_cast([absmax; LANES]) }
     }
@@ -291,8 +286,7 @@ impl Simd for Avx2 {
         let codes = avx2._mm256_shuffle_epi8(must_cast([search.codes; 2]), must_cast(*ranks));
         let pairs = avx2._mm256_maddubs_epi16(codes, must_cast([[16u8, 1]; 16]));
         let bytes = avx2._mm256_packus_epi16(pairs, pairs);
-        let [packed, _]: [[u8; GROUP_BYTES]; 2] =
-            must_cast(avx2._mm256_permute4x64_epi64::<0xd8>(bytes));
+        let [packed, _]: [[u8; GROUP_BYTES]; 2] = must_cast(avx2._mm256_permute4x64_epi64::<0xd8>(bytes));
         packed
     }
 }

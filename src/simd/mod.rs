@@ -41,7 +41,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
 
     fn codebook(self, values: &[f32; 16]) -> Self::Codebook;
-    /// `round_T(value * absmax)` of each value, widened.
+    /// `round_T(value * absmax)` of each value, widened. A NaN has to be [`canonical`].
     fn floats<T: Element>(self, codebook: &Self::Codebook, absmax: f32) -> Self::Floats<T>;
     /// The same in `T`.
     fn elements<T: Element>(self, codebook: &Self::Codebook, absmax: f32) -> Self::Elements<T>;
@@ -77,11 +77,16 @@ pub(crate) struct Search {
 impl Search {
     pub fn new(thresholds: &[f32; 15], codes: &[u8; 16]) -> Self {
         // Halves of a vector may be looked up on their own, so short levels repeat.
-        let level = |count: usize| {
-            std::array::from_fn(|i| thresholds[8 / count - 1 + 16 / count * (i % count)])
-        };
+        let level =
+            |count: usize| std::array::from_fn(|i| thresholds[8 / count - 1 + 16 / count * (i % count)]);
         Self { thresholds: *thresholds, levels: [1, 2, 4, 8].map(level), codes: *codes }
     }
+}
+
+/// A scale as [`Simd::floats`] and [`Simd::elements`] want it: bf16 are rounded by additions, which other bits of a NaN would overflow.
+#[inline(always)]
+pub(crate) fn canonical(absmax: f32) -> f32 {
+    if absmax.is_nan() { f32::NAN } else { absmax }
 }
 
 /// Eight f32 in memory.
@@ -134,7 +139,11 @@ macro_rules! with_level {
         match $level {
             $crate::simd::Level::Portable($simd) => $body,
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::Level::Avx2($simd) => $crate::simd::Simd::run($simd, #[inline(always)] || $body),
+            $crate::simd::Level::Avx2($simd) => $crate::simd::Simd::run(
+                $simd,
+                #[inline(always)]
+                || $body,
+            ),
         }
     };
 }
@@ -159,8 +168,11 @@ mod tests {
 
     fn decodes<S: Simd, T: Element>(simd: S) {
         let scales = [1.0, 0.0, -0.0, 0.037, -3.3, 1e-41, 3e-39, 1.2e-7, 6e4, 7e4, 3.3e38, f32::MAX];
-        let scales = scales.into_iter().chain([f32::INFINITY, f32::NAN, f32::from_bits(0x7fff_ffff), -f32::NAN]);
-        for (codebook, scale) in codebooks().iter().flat_map(|c| scales.clone().map(move |s| (c, s))) {
+        let scales =
+            scales.into_iter().chain([f32::INFINITY, f32::NAN, f32::from_bits(0x7fff_ffff), -f32::NAN]);
+        for (codebook, scale) in
+            codebooks().iter().flat_map(|c| scales.clone().map(move |s| (c, canonical(s))))
+        {
             let prepared = simd.codebook(codebook.values());
             let (floats, elements) =
                 (simd.floats::<T>(&prepared, scale), simd.elements::<T>(&prepared, scale));

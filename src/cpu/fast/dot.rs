@@ -10,39 +10,57 @@ use rayon::prelude::*;
 
 use crate::Element;
 use crate::nf4::Nf4Matrix;
-use crate::simd::{GROUP, GROUP_BYTES, LANES, Level, Simd, Vector, with_level};
+use crate::simd::{GROUP, GROUP_BYTES, LANES, Level, Simd, Vector, canonical, with_level};
 
 /// Rows of a task, at most.
 const ROWS: usize = 32;
 /// Rows that are decoded at a time, and vectors of them: 16 KiB.
 const PANEL: usize = 8;
-const DEPTH: usize = 64;
+pub(super) const DEPTH: usize = 64;
 /// Up to so many tokens a 4-bit weight is decoded to registers.
 const FEW: usize = 4;
 
-/// Rows of f32, padded with zeros to whole vectors.
+/// Rows of f32, padded with zeros to whole vectors, in parts of [`DEPTH`] vectors: the first parts of all rows, then the second ones. So
+/// what is multiplied at one time lies together.
 pub(super) struct Rows {
+    count: usize,
     vectors: usize,
     values: Vec<Vector>,
 }
 
 impl Rows {
-    /// `fill` writes the `len` values of a row.
-    pub fn new(count: usize, len: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+    /// `fill` writes values of a row from some place on, a multiple of 512.
+    pub fn new(count: usize, len: usize, fill: impl Fn(usize, usize, &mut [f32]) + Sync) -> Self {
         let vectors = len.div_ceil(LANES);
         let mut values = bytemuck::zeroed_vec::<Vector>(count * vectors);
-        let rows = values.par_chunks_mut(vectors.max(1)).enumerate();
-        rows.for_each(|(i, row)| fill(i, &mut floats(row)[..len]));
-        Self { vectors, values }
+        let parts = values.par_chunks_mut((count * DEPTH).max(1)).enumerate();
+        parts.for_each(|(part, rows)| {
+            let start = part * DEPTH * LANES;
+            for (i, row) in rows.chunks_mut(rows.len() / count).enumerate() {
+                let len = (len - start).min(row.len() * LANES);
+                fill(i, start, &mut floats(row)[..len]);
+            }
+        });
+        Self { count, vectors, values }
     }
 
-    pub fn row(&self, i: usize) -> &[Vector] {
-        &self.values[i * self.vectors..][..self.vectors]
+    /// A part of a row.
+    #[inline(always)]
+    pub fn part(&self, part: usize, row: usize) -> &[Vector] {
+        let depth = DEPTH.min(self.vectors - part * DEPTH);
+        &self.values[part * DEPTH * self.count + row * depth..][..depth]
     }
 }
 
 fn floats(vectors: &mut [Vector]) -> &mut [f32] {
     bytemuck::cast_slice_mut(vectors)
+}
+
+/// Some rows, by their numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Tokens<'a> {
+    pub rows: &'a Rows,
+    pub numbers: &'a [usize],
 }
 
 /// A matrix that is read in parts.
@@ -76,12 +94,12 @@ struct Scratch {
 /// The sums of `n` rows of a matrix, each `k` long, with tokens: `[n, tokens]`.
 pub(super) fn dots<M: Matrix>(
     level: Level,
-    x: &[&[Vector]],
+    x: Tokens<'_>,
     [n, k]: [usize; 2],
     matrix: &M,
     further: &impl Further,
 ) -> Vec<f32> {
-    let tokens = x.len();
+    let tokens = x.numbers.len();
     let mut sums = vec![0.0; n * tokens];
     // Some tasks for each thread, of whole panels.
     let rows = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(PANEL).clamp(PANEL, ROWS);
@@ -111,7 +129,7 @@ fn few<S: Simd, T: Element>(
     nf4: &Nf4Matrix,
     k: usize,
     rows: Range<usize>,
-    x: &[&[Vector]],
+    x: Tokens<'_>,
     scales: &mut Vec<f32>,
     lanes: &mut [Vector],
 ) {
@@ -119,6 +137,7 @@ fn few<S: Simd, T: Element>(
     let first_block = rows.start * k / blocksize;
     scales.clear();
     nf4.absmax().extend(first_block..(rows.end * k).div_ceil(blocksize), scales);
+    scales.iter_mut().for_each(|scale| *scale = canonical(*scale));
     let blocks = Blocks {
         packed: nf4.packed(),
         scales,
@@ -128,15 +147,16 @@ fn few<S: Simd, T: Element>(
     };
     // Two groups of one block at a time, if they always are of one block.
     let pairs = blocksize > GROUP && k % (2 * GROUP) == 0;
-    match (x, pairs) {
-        (&[a], true) => blocks.rows::<T, 4, 1, 2>(simd, k, rows, [a], lanes),
-        (&[a, b], true) => blocks.rows::<T, 4, 2, 2>(simd, k, rows, [a, b], lanes),
-        (&[a, b, c], true) => blocks.rows::<T, 2, 3, 2>(simd, k, rows, [a, b, c], lanes),
-        (&[a, b, c, d], true) => blocks.rows::<T, 2, 4, 2>(simd, k, rows, [a, b, c, d], lanes),
-        (&[a], false) => blocks.rows::<T, 4, 1, 1>(simd, k, rows, [a], lanes),
-        (&[a, b], false) => blocks.rows::<T, 4, 2, 1>(simd, k, rows, [a, b], lanes),
-        (&[a, b, c], false) => blocks.rows::<T, 2, 3, 1>(simd, k, rows, [a, b, c], lanes),
-        (&[a, b, c, d], false) => blocks.rows::<T, 2, 4, 1>(simd, k, rows, [a, b, c, d], lanes),
+    let rows = (rows, k);
+    match (x.numbers, pairs) {
+        (&[a], true) => blocks.rows::<_, T, 4, 1, 2>(simd, rows, x.rows, [a], lanes),
+        (&[a, b], true) => blocks.rows::<_, T, 4, 2, 2>(simd, rows, x.rows, [a, b], lanes),
+        (&[a, b, c], true) => blocks.rows::<_, T, 2, 3, 2>(simd, rows, x.rows, [a, b, c], lanes),
+        (&[a, b, c, d], true) => blocks.rows::<_, T, 2, 4, 2>(simd, rows, x.rows, [a, b, c, d], lanes),
+        (&[a], false) => blocks.rows::<_, T, 4, 1, 1>(simd, rows, x.rows, [a], lanes),
+        (&[a, b], false) => blocks.rows::<_, T, 4, 2, 1>(simd, rows, x.rows, [a, b], lanes),
+        (&[a, b, c], false) => blocks.rows::<_, T, 2, 3, 1>(simd, rows, x.rows, [a, b, c], lanes),
+        (&[a, b, c, d], false) => blocks.rows::<_, T, 2, 4, 1>(simd, rows, x.rows, [a, b, c, d], lanes),
         _ => unreachable!("few tokens"),
     }
 }
@@ -153,58 +173,72 @@ struct Blocks<'a, C> {
 impl<C> Blocks<'_, C> {
     /// `R` rows at a time, which keep the units of multiplication busy, and `G` groups of each.
     #[inline(always)]
-    fn rows<T: Element, const R: usize, const X: usize, const G: usize>(
+    fn rows<S: Simd<Codebook = C>, T: Element, const R: usize, const X: usize, const G: usize>(
         &self,
-        simd: impl Simd<Codebook = C>,
-        k: usize,
-        rows: Range<usize>,
-        x: [&[Vector]; X],
+        simd: S,
+        (rows, k): (Range<usize>, usize),
+        x: &Rows,
+        tokens: [usize; X],
         lanes: &mut [Vector],
     ) {
         let (row_lanes, _) = lanes.as_chunks_mut::<X>();
         let (blocks, rest) = row_lanes.as_chunks_mut::<R>();
         for (row, lanes) in rows.clone().step_by(R).zip(blocks.iter_mut()) {
-            *lanes = self.block::<_, T, R, X, G>(simd, k, row, x);
+            self.block::<_, T, R, X, G>(simd, (row, k), x, tokens, lanes);
         }
-        for (row, lanes) in (rows.end - rest.len()..).zip(rest) {
-            [*lanes] = self.block::<_, T, 1, X, G>(simd, k, row, x);
+        for (row, lanes) in (rows.end - rest.len()..).zip(rest.as_chunks_mut::<1>().0) {
+            self.block::<_, T, 1, X, G>(simd, (row, k), x, tokens, lanes);
         }
     }
 
     /// The lanes of `R` rows with all tokens.
+    #[expect(clippy::needless_range_loop, reason = "compilers unroll loops over numbers, and need to here")]
     #[inline(always)]
     fn block<S: Simd<Codebook = C>, T: Element, const R: usize, const X: usize, const G: usize>(
         &self,
         simd: S,
-        k: usize,
-        row: usize,
-        x: [&[Vector]; X],
-    ) -> [[Vector; X]; R] {
+        (row, k): (usize, usize),
+        x: &Rows,
+        tokens: [usize; X],
+        lanes: &mut [[Vector; X]; R],
+    ) {
         const VECTORS: usize = GROUP / LANES;
         let mut sums = [[simd.zero(); X]; R];
-        let steps = k / (G * GROUP);
-        let x = x.map(|x| &x.as_chunks::<VECTORS>().0.as_chunks::<G>().0[..steps]);
-        for step in 0..steps {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let start = (row + r) * k + step * G * GROUP;
-                let scale = self.scales[(start >> self.shift) - self.first_block];
-                let table = simd.floats::<T>(&self.codebook, scale);
-                let (codes, _) = self.packed[start / 2..][..G * GROUP_BYTES].as_chunks::<GROUP_BYTES>();
-                for (group, codes) in codes.iter().enumerate() {
-                    let weights = simd.decode_floats::<T>(&table, codes);
-                    for (v, weight) in weights.into_iter().enumerate() {
-                        for (sum, x) in sums.iter_mut().zip(x) {
-                            *sum = simd.mul_add(weight, simd.load(&x[step][group][v]), *sum);
+        for part in 0..x.vectors.div_ceil(DEPTH) {
+            let mut values = [&[][..]; X];
+            for (values, token) in values.iter_mut().zip(tokens) {
+                *values = x.part(part, token).as_chunks::<VECTORS>().0.as_chunks::<G>().0;
+            }
+            let (steps, begin) = (values[0].len(), part * DEPTH * LANES);
+            let mut codes = [&[][..]; R];
+            for (r, codes) in codes.iter_mut().enumerate() {
+                let bytes = &self.packed[((row + r) * k + begin) / 2..][..steps * G * GROUP_BYTES];
+                *codes = bytes.as_chunks::<GROUP_BYTES>().0.as_chunks::<G>().0;
+            }
+            for step in 0..steps {
+                let mut tables = [simd.floats::<T>(&self.codebook, 0.0); R];
+                for r in 0..R {
+                    let start = (row + r) * k + begin + step * G * GROUP;
+                    let scale = self.scales[(start >> self.shift) - self.first_block];
+                    tables[r] = simd.floats::<T>(&self.codebook, scale);
+                }
+                // One row after the other: the sums of one are waited for while others are decoded.
+                for group in 0..G {
+                    for r in 0..R {
+                        let weights = simd.decode_floats::<T>(&tables[r], &codes[r][step][group]);
+                        for v in 0..VECTORS {
+                            for t in 0..X {
+                                let value = simd.load(&values[t][step][group][v]);
+                                sums[r][t] = simd.mul_add(weights[v], value, sums[r][t]);
+                            }
                         }
                     }
                 }
             }
         }
-        let mut lanes = [[Vector::ZERO; X]; R];
         for (lanes, sums) in lanes.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
             *lanes = simd.store(*sums);
         }
-        lanes
     }
 }
 
@@ -215,14 +249,14 @@ fn many<S: Simd>(
     matrix: &impl Matrix,
     k: usize,
     rows: Range<usize>,
-    x: &[&[Vector]],
+    x: Tokens<'_>,
     lanes: &mut [Vector],
 ) {
-    let tokens = x.len();
+    let tokens = x.numbers.len();
     let mut panel = [[Vector::ZERO; DEPTH]; PANEL];
     for first in (0..k).step_by(DEPTH * LANES) {
         let depth = (k - first).min(DEPTH * LANES);
-        let (from, vectors) = (first / LANES, depth.div_ceil(LANES));
+        let (part, vectors) = (first / (DEPTH * LANES), depth.div_ceil(LANES));
         let panels = rows.clone().step_by(PANEL).zip(lanes.chunks_mut(PANEL * tokens));
         for (row, lanes) in panels {
             let panel = &mut panel[..lanes.len() / tokens];
@@ -231,14 +265,22 @@ fn many<S: Simd>(
                 matrix.read(simd, row * k + first, &mut weights[..depth]);
                 weights[depth..].fill(0.0);
             }
-            for (t, x) in x.chunks(3).enumerate() {
+            for (t, numbers) in x.numbers.chunks(3).enumerate() {
                 let tiles = panel.chunks(4).zip(lanes.chunks_mut(4 * tokens));
                 for (weights, lanes) in tiles {
                     let lanes = &mut lanes[3 * t..];
-                    match *x {
-                        [a, b, c] => tile_of_rows(simd, weights, [a, b, c].map(|x| &x[from..][..vectors]), lanes, tokens),
-                        [a, b] => tile_of_rows(simd, weights, [a, b].map(|x| &x[from..][..vectors]), lanes, tokens),
-                        [a] => tile_of_rows(simd, weights, [a].map(|x| &x[from..][..vectors]), lanes, tokens),
+                    match *numbers {
+                        [a, b, c] => tile_of_rows(
+                            simd,
+                            weights,
+                            [a, b, c].map(|i| x.rows.part(part, i)),
+                            lanes,
+                            tokens,
+                        ),
+                        [a, b] => {
+                            tile_of_rows(simd, weights, [a, b].map(|i| x.rows.part(part, i)), lanes, tokens)
+                        }
+                        [a] => tile_of_rows(simd, weights, [a].map(|i| x.rows.part(part, i)), lanes, tokens),
                         _ => unreachable!("one to three tokens"),
                     }
                 }
