@@ -177,7 +177,8 @@ mod tests {
             let (floats, elements) =
                 (simd.floats::<T>(&prepared, scale), simd.elements::<T>(&prepared, scale));
             for first in 0..=255u8 {
-                let codes: [u8; GROUP_BYTES] = std::array::from_fn(|i| first.wrapping_add((i as u8).wrapping_mul(37)));
+                let codes: [u8; GROUP_BYTES] =
+                    std::array::from_fn(|i| first.wrapping_add((i as u8).wrapping_mul(37)));
                 let mut narrow = [T::from_f32(7.0); GROUP];
                 simd.decode_elements(&elements, &codes, &mut narrow);
                 let wide = simd.decode_floats::<T>(&floats, &codes).map(|lanes| simd.store(lanes).0);

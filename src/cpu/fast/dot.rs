@@ -110,7 +110,7 @@ pub(super) fn dots<M: Matrix>(
         lanes.resize(sums.len(), Vector::ZERO);
         with_level!(level, simd => {
             match matrix.blocks() {
-                Some(nf4) if tokens <= FEW && k % GROUP == 0 => {
+                Some(nf4) if tokens <= FEW && k.is_multiple_of(GROUP) => {
                     few::<_, M::Element>(simd, nf4, k, rows.clone(), x, scales, lanes);
                 }
                 _ => many(simd, matrix, k, rows.clone(), x, lanes),
@@ -146,7 +146,7 @@ fn few<S: Simd, T: Element>(
         codebook: simd.codebook(nf4.codebook().values()),
     };
     // Two groups of one block at a time, if they always are of one block.
-    let pairs = blocksize > GROUP && k % (2 * GROUP) == 0;
+    let pairs = blocksize > GROUP && k.is_multiple_of(2 * GROUP);
     let rows = (rows, k);
     match (x.numbers, pairs) {
         (&[a], true) => blocks.rows::<_, T, 4, 1, 2>(simd, rows, x.rows, [a], lanes),
