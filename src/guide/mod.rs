@@ -5,7 +5,7 @@
 //! | [`formats`] | how a 4-bit weight and an adapter are stored, and what goes wrong when a reader guesses |
 //! | [`numerics`] | what is rounded where, and how far a result may be from the exact one |
 //! | [`kernels`] | each kernel: its tiles, the way of its data, its limit |
-//! | [`cpu`](self::cpu) | the same without a GPU: instructions, the order of sums, how to measure |
+//! | [`cpu`] | the same without a GPU: instructions, the order of sums, how to measure |
 //! | [`plans`] | which kernel runs, what a call needs, graphs, several adapters |
 //! | [`porting`] | calls of bitsandbytes and PEFT, and what takes their place |
 //!
