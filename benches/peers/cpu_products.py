@@ -140,7 +140,7 @@ def record(operation, n, k, dtype, times, m=None):
 def run(n, k, dtype):
     torch.manual_seed(1)
     code, kind = DTYPES[dtype]
-    copies = lambda bits: max(2, -(-ROTATE * 8 // (n * k * bits)))  # noqa: E731
+    copies = lambda bits: max(2, round(ROTATE * 8 / (n * k * bits) + 0.5))  # noqa: E731
     first = (torch.randn(n, k) * 0.02).to(kind)
     adapter = (torch.randn(RANK, k) * 0.05).to(kind), (torch.randn(n, RANK) * 0.05).to(kind)
     dense = [first] + [first.clone() for _ in range(copies(8 * first.element_size()) - 1)]
