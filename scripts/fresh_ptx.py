@@ -1,11 +1,14 @@
-"""The PTX that build.rs makes of the kernels as they are now."""
+"""The PTX that build.rs makes of the kernels as they are now, and the machine code that ptxas makes of it."""
 
+import hashlib
 import json
 import os
 import pathlib
 import subprocess
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CUBINS = ROOT / "target" / "cubins"
 
 
 def compile_kernels():
@@ -20,3 +23,23 @@ def compile_kernels():
                 raise SystemExit("the kernels were not compiled: there is no nvcc")
             return folder, pathlib.Path((folder / "NVCC").read_text())
     raise SystemExit("cargo did not run build.rs")
+
+
+def assemble(ptxas, ptx, device):
+    """Returns the file of a module's machine code for a device, and what `ptxas -v` says of it. Does it once for each text, and keeps both.
+
+    Raises subprocess.CalledProcessError, with what ptxas says, when it refuses the module.
+    """
+    key = hashlib.sha256(f"{ptxas}\n".encode() + ptx.read_bytes()).hexdigest()[:16]
+    cubin = CUBINS / f"{ptx.stem}.{device}.{key}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        CUBINS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CUBINS) as partial:
+            partial = pathlib.Path(partial)
+            command = [ptxas, "-v", f"-arch={device}", "-o", partial / "cubin", ptx]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+            (partial / "log").write_text(said)
+            os.rename(partial / "cubin", cubin)
+            os.rename(partial / "log", log)
+    return cubin, log.read_text()
