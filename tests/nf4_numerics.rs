@@ -425,7 +425,8 @@ fn parts_that_do_not_fit() {
         refused("blocksize", build(&[10, 13], 65, 3, blocksize));
     }
     refused("shape", build(&[1 << 40, 1 << 40], 65, 3, 64));
-    refused("packed", build(&[usize::MAX], 65, 3, 64));
+    refused("shape", build(&[usize::MAX], 65, 3, 64));
+    refused("packed", build(&[usize::MAX >> 4], 65, 3, 64));
     refused("packed", build(&[1 << 40], 65, 3, 64));
 
     let nested = |q: usize, absmax: usize, blocksize: usize| {
