@@ -2,7 +2,7 @@
 //! row of y has an expert of the stack W `[experts, n, k]`, as the router chose it on the device.
 //!
 //! A token has `choices` rows of y, one behind the other: for the first product of a layer x has a row for each token, and is
-//! not copied; for the second one, whose x is what became of y, `choices` is 1. [`expert_groups`](super::expert_groups) sorts the rows
+//! not copied; for the second one, whose x is what became of y, `choices` is 1. [`expert_groups`] sorts the rows
 //! by expert once for both: nothing here waits for the host, and rows may be in any order.
 //!
 //! A row without an expert (-1) becomes zeros, without bias; a number that is no expert's makes its row NaN.
@@ -15,7 +15,7 @@
 //! | `skinny` | 4-bit W, k a multiple of 64, blocks of 64 or more, on average up to 16 rows for each expert | 8 or 16 tokens |
 //! | `matmul` | all else | 16, 64 or 128 tokens |
 //!
-//! They are the kernels of [`matmul`](super::matmul), and what is said there of sums, rounding and the branch holds here; x is f16 or bf16. The
+//! They are the kernels of [`matmul`], and what is said there of sums, rounding and the branch holds here; x is f16 or bf16. The
 //! bits of a row depend on its own x, expert and adapter alone. Hopper has no kernels of its own for this yet: `skinny` and
 //! `matmul` serve it, too.
 //!
