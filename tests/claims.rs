@@ -53,6 +53,51 @@ fn prefill_beside_cublas() {
     assert!(beside("dequant_cublas", "hmul", 0).0 > 1.0);
 }
 
+/// The rows of a file of results.
+fn rows(path: &str) -> Vec<Value> {
+    let results: Value = serde_json::from_str(&text(path)).unwrap();
+    results["rows"].as_array().unwrap().clone()
+}
+
+#[test]
+fn models_on_a_cpu() {
+    let rows = rows("benches/results/2026-11-27-cpu-models.json");
+    let seconds = |program: &str| {
+        let row = rows.iter().find(|row| row["place"] == "memory" && row["program"] == program).unwrap();
+        row["seconds"].as_f64().unwrap()
+    };
+    let faster = |what: &str, peer: &str| {
+        seconds(&format!("{what}: {peer}")) / seconds(&format!("{what}: lora-kernels"))
+    };
+    let claim = format!(
+        "merged {:.1} times as fast as PEFT merges it, and quantised {:.1} times as fast as bitsandbytes quantises it",
+        faster("merge", "PEFT"),
+        faster("quantise", "bitsandbytes")
+    );
+    assert!(prose("README.md").contains(&claim), "{claim}");
+}
+
+#[test]
+fn products_and_steps_on_a_cpu() {
+    let range = |ratios: Vec<f64>| {
+        (ratios.iter().copied().fold(f64::INFINITY, f64::min), ratios.iter().copied().fold(0.0, f64::max))
+    };
+    let rows = rows("benches/results/2026-11-27-cpu-products.json");
+    let few = rows.iter().filter(|row| row["m"].as_u64().is_some_and(|m| m <= 32));
+    let (least, most) = range(
+        few.map(|row| row["peers_ms"]["bitsandbytes"].as_f64().unwrap() / row["ours_ms"].as_f64().unwrap())
+            .collect(),
+    );
+    let claim = format!("{least:.1} to {most:.1} times as fast as those of bitsandbytes");
+    assert!(prose("README.md").contains(&claim), "{claim}");
+
+    let table = text("benches/results/2026-11-27-cpu-training.md");
+    let steps = table.lines().filter_map(|line| line.strip_suffix(" |")?.rsplit_once("| ")?.1.parse().ok());
+    let (least, most) = range(steps.collect());
+    let claim = format!("{least:.2} to {most:.2} times as fast as with PEFT");
+    assert!(prose("README.md").contains(&claim), "{claim}");
+}
+
 /// Every file of results is in the table of their README, and every file that it names is there.
 #[test]
 fn results_are_listed() {
