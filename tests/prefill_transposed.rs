@@ -10,8 +10,8 @@ use lora_kernels::cuda::{AdapterTable, LowRank, matmul_transposed};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Device, Spec};
-use products::transposed::{self, Outcome, check_with, run, u, with_dy};
-use products::{Adapter, DeviceWeight, Factors, Numbers, Problem, Weight, same};
+use products::transposed::{self, Outcome, check_identity, check_tokens_apart, check_with, run, u, with_dy};
+use products::{DeviceWeight, Factors, Problem, Weight, same};
 
 /// The GPU if it is a Hopper, else an emulated one.
 fn hopper() -> Device {
@@ -125,31 +125,14 @@ fn the_branch_is_masked() {
     each_type!(all(&device));
 }
 
-/// A packed module's outputs are slices that have adapters of their own: parts of larger ones, whose B is a block on the diagonal.
+/// A packed module's outputs are slices that have adapters of their own.
 #[test]
 fn adapters_of_slices() {
     const SLICES: [usize; 3] = [40, 8, 24];
     fn all<T: Element>(device: &Device) {
         let (tokens, n, k) = (70, SLICES.iter().sum(), 160);
-        let mut problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[1, 1]));
-        let mut numbers = Numbers::new(5);
-        let (mut whole, mut parts) = (Vec::new(), Vec::new());
-        for ranks in [[16, 0, 3], [5, 70, 20]] {
-            let (rank, scaling) = (ranks.iter().sum(), 0.125);
-            let (mut lora_a, mut lora_b) = (Vec::new(), vec![T::from_f32(0.0); n * rank]);
-            let (mut first_row, mut first_rank) = (0, 0);
-            for (rows, own) in SLICES.into_iter().zip(ranks) {
-                let (a, b) = (numbers.many::<T>(own * k), numbers.many::<T>(rows * own));
-                for (i, &b) in b.iter().enumerate() {
-                    lora_b[(first_row + i / own) * rank + first_rank + i % own] = b;
-                }
-                lora_a.extend(&a);
-                parts.push(Adapter { lora_a: a, lora_b: b, rank: own, scaling });
-                (first_row, first_rank) = (first_row + rows, first_rank + own);
-            }
-            whole.push(Adapter { lora_a, lora_b, rank, scaling });
-        }
-        problem.adapters = Some(whole);
+        let (problem, parts) = Problem::<T>::nf4(tokens, n, k, 64).with_adapters_of_slices(SLICES);
+        let problem = with_dy(problem);
 
         // u in the order of slices.
         let (all, columns, pitch) = (u(&problem, None), problem.max_rank().next_multiple_of(4), 72);
@@ -220,12 +203,8 @@ fn split_sums_are_finished() {
 #[test]
 fn an_identity_gives_the_weight_to_the_bit() {
     fn all<T: Element>(device: &Device, n: usize, k: usize, blocksize: usize, nesting: Nesting) {
-        let mut problem = Problem::<T>::dense(n, n, k).in_4_bits(blocksize, &Codebook::nf4(), nesting);
-        problem.x = (0..n * n).map(|i| T::from_f32(f32::from(u8::from(i / n == i % n)))).collect();
-        let outcome = run(&problem, device);
-        assert_eq!(outcome.plan.rounding, Rounding::Half);
-        let weight: Vec<T> = problem.weight_values(Rounding::Half).into_iter().map(T::from_f32).collect();
-        assert!(same(&outcome.dx, &weight), "{:?}", outcome.plan);
+        let plan = check_identity::<T>(device, [n, k], blocksize, nesting);
+        assert_eq!(plan.rounding, Rounding::Half);
     }
     let device = hopper();
     for nesting in [Nesting::Plain, Nesting::Nested] {
@@ -235,35 +214,10 @@ fn an_identity_gives_the_weight_to_the_bit() {
     }
 }
 
-/// The same bits twice, and for a token the same bits whatever the others are: not numbers, other adapters, or not there.
 #[test]
 fn a_token_depends_on_itself_alone() {
-    fn all<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(29, 96, 64), (70, 64, 160), (130, 64, 32)] {
-            let problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[4, 9]));
-            let outcome = run(&problem, device);
-            assert!(
-                same(&outcome.dx, &run(&problem, device).dx),
-                "{:?}: another run, other bits",
-                outcome.plan
-            );
-            for kept in [0, tokens / 2, tokens - 1] {
-                let mut other = problem.clone();
-                let mut numbers = Numbers::new(9);
-                for token in (0..tokens).filter(|&token| token != kept) {
-                    other.index.as_mut().unwrap()[token] = numbers.below(4) as i32 - 1;
-                    for x in &mut other.x[token * n..(token + 1) * n] {
-                        *x = T::from_f32([f32::NAN, f32::INFINITY, 1e30, 0.0][numbers.below(4)]);
-                    }
-                }
-                let dx = run(&other, device).dx;
-                let row = kept * k..(kept + 1) * k;
-                assert!(same(&outcome.dx[row.clone()], &dx[row]), "{:?}: token {kept}", outcome.plan);
-            }
-        }
-    }
-    let device = hopper();
-    each_type!(all(&device));
+    let (device, sizes) = (hopper(), [[29, 96, 64], [70, 64, 160], [130, 64, 32]]);
+    each_type!(check_tokens_apart(&device, &sizes));
 }
 
 /// A column of an adapter that is not a number reaches that column of the tokens that use it, and nothing else.

@@ -144,3 +144,19 @@ class DeltaTile {
             for (int j = 0; j < 8; ++j) delta[i][j] = __fmaf_rn(by_row[i], by_column[j], delta[i][j]);
     }
 };
+
+// Multiplies (or divides) a thread's elements by their outputs' scales.
+template <bool Divide>
+__device__ __forceinline__ void scale_outputs(const float* row_scale, const Matrix& matrix, uint32_t row, uint32_t column, float (&t)[kRowsPerThread][8]) {
+    const uint32_t first = matrix.transposed ? column : row, outputs = matrix.transposed ? matrix.columns : matrix.rows;
+    float scales[8];
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) scales[i] = first + i < outputs ? row_scale[first + i] : 1.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < kRowsPerThread; ++i)
+#pragma unroll
+        for (uint32_t j = 0; j < 8; ++j) {
+            const float its = matrix.transposed ? scales[j] : scales[i];
+            t[i][j] = Divide ? __fdiv_rn(t[i][j], its) : __fmul_rn(its, t[i][j]);
+        }
+}

@@ -420,7 +420,7 @@ impl Sums {
     }
 }
 
-/// [`Sums::add_scalar`] of many, with AVX2: left to itself LLVM takes ten times as long.
+/// [`Sums::add_scalar`] of many, with AVX2, which compilers do not find by themselves.
 #[cfg(target_arch = "x86_64")]
 struct AddV3<'a> {
     simd: pulp::x86::V3,

@@ -72,7 +72,7 @@ impl Default for Requantize {
 }
 
 impl Requantize {
-    /// The same, whatever is lost.
+    /// The same, whatever is lost. Weights that are not all numbers are refused none the less.
     pub fn forced(self) -> Self {
         Self { min_gain: f64::NEG_INFINITY, ..self }
     }

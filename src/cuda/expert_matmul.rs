@@ -24,8 +24,7 @@
 //! [`lora_shrink`](super::lora_shrink::Plan::with_choices).
 //!
 //! The stack is one matrix `[experts * n, k]`, so 4-bit blocks may begin in one row, or expert, and end in the next. Weights of
-//! experts that were quantised by themselves are stacked by writing their codes and absmax one behind the other, when `n * k` is a
-//! multiple of the block size; nested absmax has to be resolved for that, as every weight has an offset of its own.
+//! experts that were quantised by themselves are stacked by [`Nf4Matrix::stacked`](crate::nf4::Nf4Matrix::stacked).
 
 use bytemuck::{Pod, Zeroable};
 

@@ -148,6 +148,30 @@ impl<T: Element, A: Element> Problem<T, A> {
         self
     }
 
+    /// Two adapters for outputs that are slices, `sizes` rows each, which have adapters of their own: these are the second, two times
+    /// `sizes.len()`. The problem has them as blocks on the diagonal of larger ones.
+    pub fn with_adapters_of_slices(self, sizes: [usize; 3]) -> (Self, Vec<Adapter<A>>) {
+        let k = self.k;
+        let mut numbers = Numbers::new(5);
+        let (mut whole, mut parts) = (Vec::new(), Vec::new());
+        for ranks in [[16, 0, 3], [5, 70, 20]] {
+            let (rank, scaling) = (ranks.iter().sum(), 0.125);
+            let (mut lora_a, mut lora_b) = (Vec::new(), vec![A::from_f32(0.0); self.n * rank]);
+            let (mut first_row, mut first_rank) = (0, 0);
+            for (rows, own) in sizes.into_iter().zip(ranks) {
+                let (a, b) = (numbers.many::<A>(own * k), numbers.many::<A>(rows * own));
+                for (i, &b) in b.iter().enumerate() {
+                    lora_b[(first_row + i / own) * rank + first_rank + i % own] = b;
+                }
+                lora_a.extend(&a);
+                parts.push(Adapter { lora_a: a, lora_b: b, rank: own, scaling });
+                (first_row, first_rank) = (first_row + rows, first_rank + own);
+            }
+            whole.push(Adapter { lora_a, lora_b, rank, scaling });
+        }
+        (Self { adapters: Some(whole), ..self.with_adapters(&[1, 1]) }, parts)
+    }
+
     /// The weight as f32, as a plan rounds it; for [`Rounding::Value`](matmul::Rounding::Value) its exact value.
     pub fn weight_values(&self, rounding: matmul::Rounding) -> Vec<f32> {
         match (&self.weight, rounding) {

@@ -2,10 +2,11 @@
 
 use lora_kernels::cuda::matmul::Rounding;
 use lora_kernels::cuda::{AdapterTable, LowRank, matmul_transposed};
+use lora_kernels::nf4::{Codebook, Nesting};
 use lora_kernels::{DType, Element, cpu};
 use lora_kernels_devices::{Counters, Device};
 
-use super::{Adapter, DeviceWeight, Factors, Numbers, Problem, widen};
+use super::{Adapter, DeviceWeight, Factors, Numbers, Problem, same, widen};
 
 /// What came of it.
 pub struct Outcome<T> {
@@ -145,5 +146,44 @@ pub fn compare<T: Element, A: Element>(
             i % problem.k,
             truth.value
         );
+    }
+}
+
+/// With dY the identity, a sum has one term that is not zero: dX is the weight, as it is multiplied, to the bit.
+pub fn check_identity<T: Element>(
+    device: &Device,
+    [n, k]: [usize; 2],
+    blocksize: usize,
+    nesting: Nesting,
+) -> matmul_transposed::Plan {
+    let mut problem = Problem::<T>::dense(n, n, k).in_4_bits(blocksize, &Codebook::nf4(), nesting);
+    problem.x = (0..n * n).map(|i| T::from_f32(f32::from(u8::from(i / n == i % n)))).collect();
+    let Outcome { plan, dx, .. } = run(&problem, device);
+    let weight: Vec<T> = problem.weight_values(plan.rounding).into_iter().map(T::from_f32).collect();
+    assert!(same(&dx, &weight), "{plan:?}");
+    plan
+}
+
+/// The same bits twice, and for a token the same bits whatever the others are: not numbers, other adapters, or not there. Sizes are
+/// tokens, n and k.
+pub fn check_tokens_apart<T: Element>(device: &Device, sizes: &[[usize; 3]]) {
+    for &[tokens, n, k] in sizes {
+        let problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[4, 9]));
+        let outcome = run(&problem, device);
+        let plan = outcome.plan;
+        assert!(same(&outcome.dx, &run(&problem, device).dx), "{plan:?}: another run, other bits");
+        for kept in [0, tokens / 2, tokens - 1] {
+            let mut other = problem.clone();
+            let mut numbers = Numbers::new(9);
+            for token in (0..tokens).filter(|&token| token != kept) {
+                other.index.as_mut().unwrap()[token] = numbers.below(4) as i32 - 1;
+                for x in &mut other.x[token * n..(token + 1) * n] {
+                    *x = T::from_f32([f32::NAN, f32::INFINITY, 1e30, 0.0][numbers.below(4)]);
+                }
+            }
+            let dx = run(&other, device).dx;
+            let row = kept * k..(kept + 1) * k;
+            assert!(same(&outcome.dx[row.clone()], &dx[row]), "{plan:?}: token {kept}");
+        }
     }
 }
