@@ -1,4 +1,4 @@
-//! Turns `kernels/*.cu` into PTX, once per target, and embeds it, compressed. Nothing else.
+//! Turns `kernels/*.cu` into PTX, once per target where that makes a difference, and embeds it, compressed. Nothing else.
 //!
 //! * `kernels/prebuilt` is used when its MANIFEST carries the hash of the sources and flags at hand.
 //! * Otherwise nvcc is looked for: `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, `target/cuda-toolchain`.
@@ -11,6 +11,7 @@
 //! A file of compressed PTX (`.ptx.z`, in `OUT_DIR/ptx` and in `kernels/prebuilt`) begins with the two lines that name version
 //! and target. What follows is the rest of the text, compressed by zlib; nothing, where it is that of the first target.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -96,6 +97,8 @@ fn target_folder(out: &Path) -> PathBuf {
 struct Sources {
     /// File names of `kernels/*.cu` without the extension, sorted.
     modules: Vec<String>,
+    /// Those that ask for the architecture, or include what does. The others are the same for all targets.
+    of_each_target: BTreeSet<String>,
     /// Hash of everything in `kernels/include`, and of this file.
     common: String,
 }
@@ -104,13 +107,20 @@ impl Sources {
     fn read(folder: &Path) -> Result<Self> {
         let named = |path: &PathBuf| path.extension() == Some(OsStr::new("cu"));
         let stem = |path: PathBuf| path.file_stem().expect("has an extension").to_string_lossy().into_owned();
-        let modules = list(folder)?.into_iter().filter(named).map(stem).collect();
+        let modules: Vec<String> = list(folder)?.into_iter().filter(named).map(stem).collect();
+        let mut of_each_target = BTreeSet::new();
+        for module in &modules {
+            let file = folder.join(format!("{module}.cu"));
+            if asks_for_architecture(&file, &folder.join("include"), &mut BTreeSet::new())? {
+                of_each_target.insert(module.clone());
+            }
+        }
         let mut hash = Sha256::new();
         hash_file(&mut hash, Path::new("build.rs"))?;
         for header in list(&folder.join("include"))? {
             hash_file(&mut hash, &header)?;
         }
-        Ok(Self { modules, common: hex(hash) })
+        Ok(Self { modules, of_each_target, common: hex(hash) })
     }
 
     /// What the PTX of one module depends on, apart from nvcc itself.
@@ -142,6 +152,23 @@ impl Sources {
     fn files(&self) -> impl Iterator<Item = (&String, &'static Target)> {
         self.modules.iter().flat_map(|module| TARGETS.iter().map(move |target| (module, target)))
     }
+}
+
+/// Whether a source, or what it includes and `seen` has not, looks at `__CUDA_ARCH__` and its like.
+fn asks_for_architecture(source: &Path, include: &Path, seen: &mut BTreeSet<PathBuf>) -> Result<bool> {
+    let text = read(source)?;
+    if text.contains("__CUDA_ARCH") {
+        return Ok(true);
+    }
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"')) {
+            let header = include.join(name);
+            if seen.insert(header.clone()) && asks_for_architecture(&header, include, seen)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 fn ptx_name(module: &str, target: &Target) -> String {
@@ -193,7 +220,10 @@ fn compile(nvcc: &Path, version: &str, sources: &Sources, out: &Path) -> Result<
     create_dir(&folder)?;
     create_dir(&cache)?;
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize).clamp(1, 8);
-    let queue = Mutex::new(sources.files());
+    let is_compiled = |(module, target): &(&String, &Target)| {
+        target.name == TARGETS[0].name || sources.of_each_target.contains(*module)
+    };
+    let queue = Mutex::new(sources.files().filter(is_compiled));
     let errors = Mutex::new(String::new());
     thread::scope(|scope| {
         for _ in 0..jobs {
@@ -214,7 +244,9 @@ fn compile(nvcc: &Path, version: &str, sources: &Sources, out: &Path) -> Result<
     if !errors.is_empty() {
         return Err(errors);
     }
-    drop_twins(sources, &folder)?;
+    for (module, target) in sources.files().filter(|file| !is_compiled(file)) {
+        write_twin(module, target, &folder)?;
+    }
     write(&folder.join("MANIFEST"), &sources.manifest()?)?;
     write(&folder.join("NVCC"), &nvcc.to_string_lossy())?;
     Ok(folder)
@@ -255,21 +287,15 @@ fn compile_module(
     fs::copy(&packed, &output).map(drop).map_err(|e| format!("{}: {e}", output.display()))
 }
 
-/// Empties compressed text that is the same as the first target's: most kernels use nothing that newer ones alone have.
-fn drop_twins(sources: &Sources, folder: &Path) -> Result<()> {
-    let load = |path: &Path| fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
-    for module in &sources.modules {
-        let first = load(&folder.join(compressed_name(module, &TARGETS[0])))?;
-        for target in &TARGETS[1..] {
-            let path = folder.join(compressed_name(module, target));
-            let bytes = load(&path)?;
-            let header = header_len(&bytes);
-            if bytes[header..] == first[header_len(&first)..] {
-                fs::write(&path, &bytes[..header]).map_err(|e| format!("{}: {e}", path.display()))?;
-            }
-        }
-    }
-    Ok(())
+/// A module that is the same for all targets: what was compiled for the first one, with a header of its own. There is no compressed
+/// text of it.
+fn write_twin(module: &str, target: &Target, folder: &Path) -> Result<()> {
+    let (major, minor) = target.ptx_version;
+    let header = format!(".version {major}.{minor}\n.target {}\n", target.name.replace("compute", "sm"));
+    let (first, body) = take_header(&read(&folder.join(ptx_name(module, &TARGETS[0])))?);
+    debug_assert_eq!(first.lines().count(), 2, "a version and a target");
+    write(&folder.join(ptx_name(module, target)), &format!("{header}{body}"))?;
+    write(&folder.join(compressed_name(module, target)), &header)
 }
 
 /// Stamps the PTX version down, drops the one hint that needs a newer version, and cuts the folders off the file names of

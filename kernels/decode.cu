@@ -15,6 +15,7 @@
 // `skinny` serves devices that are not Hopper; for them the first kernel exists without a body, and no plan names it.
 
 #include "hopper.cuh"
+#include "overlap.cuh"
 #include "product.cuh"
 #include "tile.cuh"
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "ptx.cuh"
+#include "overlap.cuh"
 #include "reduce.cuh"
 
 struct Params {

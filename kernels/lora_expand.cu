@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "low_rank.cuh"
+#include "overlap.cuh"
 
 struct Params {
     void* y;         // [tokens, n]

@@ -14,6 +14,7 @@
 
 #include "adapter.cuh"
 #include "dropout.cuh"
+#include "overlap.cuh"
 #include "pieces.cuh"
 
 struct Params {

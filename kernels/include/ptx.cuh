@@ -71,22 +71,6 @@ __device__ __forceinline__ void store_shared16(uint32_t address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Of a launch that may overlap the one before it (programmatic dependent launch): waits until that one has ended and what it
-// wrote can be read. Without overlap, and before Hopper, nothing happens.
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the launch after this one start, if it may overlap, as soon as every block has come here. After the wait: then whoever
-// comes next knows that all before this launch has ended.
-__device__ __forceinline__ void let_next_launch_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // Reads 16 bytes that are read once: they do not stay in L1, and their 128-byte line is fetched to L2.
 __device__ __forceinline__ uint4 load_stream16(const void* global) {
     uint4 v;
