@@ -39,6 +39,12 @@ machine, not how long that takes; times are in `benches/results`.
 ";
 
 const ABOUT_BLOCKS: &str = "\
+The percentage is what the multiprocessors have to do, of what they could do while the one with the most works (all tiles and steps taken to
+be alike; blocks of one multiprocessor take turns). `matmul` and `prefill` have the tile and the splits that take least by the model of
+`src/cuda/rounds.rs`, of all that there are (`tests/plans.rs`): a share is split further only where that gains more than adding the parts costs, so
+a grid may be left at 69 %. When `matmul` had as many splits as make one block for each multiprocessor, 256 tokens kept an A100 busy for 59 % with
+4096 x 4096, 4096 x 14336 and 8192 x 28672 (128 tiles for 108 multiprocessors), 64 tokens with 8192 x 28672.
+
 `decode` gives every block at least 16 rows by 4096 elements of k, so few rows do not fill a device with it: 512 x 4096 is one such stage for 32 blocks.
 By what prototypes took (`benches/results`, *decode*: 5.10 us for 4096 x 4096, 6.44 us for 6144 x 4096) a stage is 1.3 us where all multiprocessors share
 the memory, and a launch 2.4 us before its first. More blocks for a stage would have to add their sums. A second kernel is 0.72 us even when it is
@@ -253,13 +259,13 @@ fn rows() -> Vec<Row> {
         product(hopper, &Problem::<bf16>::dense(1024, 4096, 256)),
         product(ampere, &nf4(24, 16384, 256)),
         product(ampere, &nf4(64, 16384, 256)),
-        product(ampere, &nf4(512, 4096, 256)),
-        product(ampere, &Problem::<bf16>::dense(512, 4096, 256)),
+        product(ampere, &nf4(512, 6912, 128)),
+        product(ampere, &Problem::<bf16>::dense(512, 6912, 128)),
         transposed(hopper, nf4(64, 512, 4096)),
         transposed(hopper, nf4(512, 256, 4096)),
         transposed(hopper, Problem::<bf16>::dense(512, 256, 4096)),
-        transposed(ampere, nf4(512, 256, 4096)),
-        transposed(ampere, Problem::<bf16>::dense(512, 256, 4096)),
+        transposed(ampere, nf4(512, 128, 6912)),
+        transposed(ampere, Problem::<bf16>::dense(512, 128, 6912)),
         experts(ampere, 4, 1024, 1024),
         experts(ampere, 96, 1024, 256),
     ];
@@ -269,7 +275,7 @@ fn rows() -> Vec<Row> {
     rows
 }
 
-/// Blocks (and splits) of products by shape: whether few rows fill the device.
+/// Blocks (and splits) of products by shape, and the share of the multiprocessors' time that has work: whether grids fill the device.
 fn blocks() -> String {
     const TOKENS: [usize; 6] = [1, 16, 32, 64, 256, 2048];
     let mut text = format!("| W | device |{}\n", TOKENS.map(|tokens| format!(" {tokens} |")).concat());
@@ -279,12 +285,18 @@ fn blocks() -> String {
     {
         for (name, spec) in [("A100", Spec::a100()), ("H200", Spec::h200())] {
             let device = Device::emulate(spec);
+            let multiprocessors = device.queue().properties().sm_count as usize;
             let cells = TOKENS.map(|tokens| {
                 let weight = WeightFormat::Nf4 { blocksize: 64 };
                 let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight };
                 let plan = matmul::plan(&shape, device.queue().properties()).unwrap();
-                let [x, y, _] = plan.grid;
-                format!(" {} in {} |", x * y, plan.splits)
+                let ([x, y, _], tile) = (plan.grid, plan.tile);
+                // The multiprocessor with the most to do, and all.
+                let steps = k.div_ceil(tile.step);
+                let tiles = tokens.div_ceil(tile.tokens) * n.div_ceil(tile.rows);
+                let rounds = (tiles * plan.splits).div_ceil(multiprocessors) * steps.div_ceil(plan.splits);
+                let share = 100 * tiles * steps / (rounds * multiprocessors);
+                format!(" {} in {}, {share} % |", x * y, plan.splits)
             });
             text += &format!("| {n} x {k} | {name} |{}\n", cells.concat());
         }

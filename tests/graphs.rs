@@ -13,7 +13,7 @@ use lora_kernels::cuda::absmax_quantize::{self, NestedViewMut};
 use lora_kernels::cuda::matmul::{self, Extras, Weight, WeightFormat};
 use lora_kernels::cuda::{
     AdapterTable, LowRank, Nf4ViewMut, UpdateView, dora_scale, expert_groups, expert_matmul, lora_expand,
-    lora_shrink, merge, nf4_dequantize, nf4_merge, nf4_quantize,
+    lora_shrink, matmul_transposed, merge, nf4_dequantize, nf4_merge, nf4_quantize,
 };
 use lora_kernels::nf4::{Codebook, DYNAMIC_MAP, Nesting, Nf4Matrix, block_count, packed_len};
 use lora_kernels_devices::{Buffer, Device};
@@ -46,8 +46,12 @@ fn replays<T: Pod + PartialEq + Debug>(
 }
 
 fn weights(data: &mut Data) -> (Vec<bf16>, Nf4Matrix) {
-    let dense = data.normal::<bf16>(N * K, 0.05);
-    let nf4 = Nf4Matrix::quantize(&dense, [N, K], BLOCKSIZE, &Codebook::nf4(), Nesting::Nested).unwrap();
+    weights_of(data, [N, K])
+}
+
+fn weights_of(data: &mut Data, shape: [usize; 2]) -> (Vec<bf16>, Nf4Matrix) {
+    let dense = data.normal::<bf16>(shape[0] * shape[1], 0.05);
+    let nf4 = Nf4Matrix::quantize(&dense, shape, BLOCKSIZE, &Codebook::nf4(), Nesting::Nested).unwrap();
     (dense, nf4)
 }
 
@@ -152,51 +156,74 @@ fn merges() {
 #[test]
 fn products() {
     for device in Device::for_each_target() {
-        let mut data = Data(3);
-        let (queue, properties) = (device.queue(), device.queue().properties());
-        let (dense, matrix) = weights(&mut data);
-        let (weight, buffers) = (device.upload(&dense), Nf4Buffers::upload(&device, &matrix));
-        let adapters = [4, 16].map(|rank| Adapter::<bf16>::random(&device, &mut data, [N, K], rank, 0.02));
-        let views = adapters.each_ref().map(Adapter::view);
-        let mut entries = device.alloc(AdapterTable::<bf16>::bytes(views.len()));
-        let table = AdapterTable::upload(queue, &views, K, N, entries.view_mut()).unwrap();
-        let mut splits = 0;
-        for tokens in [1, 2, 7, 12, 20, 40, 70] {
-            let x = device.upload(&data.normal::<bf16>(tokens * K, 1.0));
-            let index: Vec<i32> = (0..tokens as i32).map(|i| (i + 1) % 3 - 1).collect();
-            let index = device.upload(&index);
-            let shrink = lora_shrink::plan(&table.shrink_shape(tokens, DType::BF16), properties).unwrap();
-            let v = RefCell::new(device.alloc(shrink.v_len()));
-            for (format, weight) in [
-                (WeightFormat::Nf4 { blocksize: BLOCKSIZE }, Weight::Nf4(buffers.view())),
-                (WeightFormat::Dense, Weight::Dense(weight.view())),
-            ] {
-                let shape = matmul::Shape { tokens, n: N, k: K, dtype: DType::BF16, weight: format };
-                let plan = matmul::plan(&shape, properties).unwrap();
-                splits += usize::from(plan.splits > 1);
-                let workspace = RefCell::new(device.alloc(plan.workspace_bytes));
-                let what = format!("{:?} of {tokens} tokens", plan.kernel);
-                replays(&device, &what, &vec![bf16::ONE; tokens * N], |y| {
-                    shrink
-                        .run(queue, x.view(), &table, Some(index.view()), v.borrow_mut().view_mut())
-                        .unwrap();
-                    let v = v.borrow();
-                    let low_rank = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
-                    let extras = Extras { low_rank: Some(low_rank), overlap: true, ..Extras::default() };
-                    let workspace = &mut *workspace.borrow_mut();
-                    plan.run(queue, x.view(), &weight, &extras, y.view_mut(), workspace.view_mut()).unwrap();
-                });
-            }
-            let shape = lora_expand::Shape { tokens, n: N, dtype: DType::BF16, adapter_dtype: DType::BF16 };
-            let expand = lora_expand::plan(&shape, properties).unwrap();
-            let v = v.into_inner();
-            replays(&device, "lora_expand", &data.normal::<bf16>(tokens * N, 1.0), |y| {
-                let branch = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
-                expand.run(queue, &branch, y.view_mut()).unwrap();
+        products_of(&device, [96, 256], &[1, 2, 7, 12, 20, 40, 70]);
+        assert!(products_of(&device, [40, 1024], &[20]) > 0, "no plan has split its sum");
+        // The largest tiles.
+        products_of(&device.with_multiprocessors(1), [160, 128], &[100, 200]);
+    }
+}
+
+/// Returns how many plans have split a sum. The gradients by x are recorded, too.
+fn products_of(device: &Device, [n, k]: [usize; 2], tokens: &[usize]) -> usize {
+    let mut data = Data(3);
+    let (queue, properties) = (device.queue(), device.queue().properties());
+    let (dense, matrix) = weights_of(&mut data, [n, k]);
+    let (weight, buffers) = (device.upload(&dense), Nf4Buffers::upload(device, &matrix));
+    let adapters = [4, 16].map(|rank| Adapter::<bf16>::random(device, &mut data, [n, k], rank, 0.02));
+    let views = adapters.each_ref().map(Adapter::view);
+    let mut entries = device.alloc(AdapterTable::<bf16>::bytes(views.len()));
+    let table = AdapterTable::upload(queue, &views, k, n, entries.view_mut()).unwrap();
+    let mut splits = 0;
+    for &tokens in tokens {
+        let x = device.upload(&data.normal::<bf16>(tokens * k, 1.0));
+        let index: Vec<i32> = (0..tokens as i32).map(|i| (i + 1) % 3 - 1).collect();
+        let index = device.upload(&index);
+        let shrink = lora_shrink::plan(&table.shrink_shape(tokens, DType::BF16), properties).unwrap();
+        let v = RefCell::new(device.alloc(shrink.v_len()));
+        let dy = device.upload(&data.normal::<bf16>(tokens * n, 1.0));
+        let shape = table.shrink_transposed_shape(tokens, DType::BF16);
+        let shrink_transposed = lora_shrink::plan_transposed(&shape, properties).unwrap();
+        let u = RefCell::new(device.alloc(shrink_transposed.v_len()));
+        for (format, weight) in [
+            (WeightFormat::Nf4 { blocksize: BLOCKSIZE }, Weight::Nf4(buffers.view())),
+            (WeightFormat::Dense, Weight::Dense(weight.view())),
+        ] {
+            let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight: format };
+            let plan = matmul::plan(&shape, properties).unwrap();
+            splits += usize::from(plan.splits > 1);
+            let workspace = RefCell::new(device.alloc(plan.workspace_bytes));
+            let what = format!("{:?} of {tokens} tokens", plan.kernel);
+            replays(device, &what, &vec![bf16::ONE; tokens * n], |y| {
+                shrink.run(queue, x.view(), &table, Some(index.view()), v.borrow_mut().view_mut()).unwrap();
+                let v = v.borrow();
+                let low_rank = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
+                let extras = Extras { low_rank: Some(low_rank), overlap: true, ..Extras::default() };
+                let workspace = &mut *workspace.borrow_mut();
+                plan.run(queue, x.view(), &weight, &extras, y.view_mut(), workspace.view_mut()).unwrap();
+            });
+
+            let plan = matmul_transposed::plan(&shape, properties).unwrap();
+            let workspace = RefCell::new(device.alloc(plan.workspace_bytes));
+            let what = format!("{:?} of {tokens} tokens", plan.kernel);
+            replays(device, &what, &vec![bf16::ONE; tokens * k], |dx| {
+                let index = || Some(index.view());
+                shrink_transposed.run(queue, dy.view(), &table, index(), u.borrow_mut().view_mut()).unwrap();
+                let u = u.borrow();
+                let low_rank = LowRank { adapters: &table, index: index(), v: u.view() };
+                let workspace = &mut *workspace.borrow_mut();
+                plan.run(queue, dy.view(), &weight, Some(&low_rank), dx.view_mut(), workspace.view_mut())
+                    .unwrap();
             });
         }
-        assert!(splits > 0, "no plan has split its sum");
+        let shape = lora_expand::Shape { tokens, n, dtype: DType::BF16, adapter_dtype: DType::BF16 };
+        let expand = lora_expand::plan(&shape, properties).unwrap();
+        let v = v.into_inner();
+        replays(device, "lora_expand", &data.normal::<bf16>(tokens * n, 1.0), |y| {
+            let branch = LowRank { adapters: &table, index: Some(index.view()), v: v.view() };
+            expand.run(queue, &branch, y.view_mut()).unwrap();
+        });
     }
+    splits
 }
 
 /// The router may choose others before every replay.

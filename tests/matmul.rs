@@ -342,14 +342,21 @@ fn small(device: &Device) -> Device {
     device.with_multiprocessors(1)
 }
 
-/// What the plans that only many multiprocessors or many tokens call for compute.
+/// Tiles of every size, more of them than multiprocessors.
 #[test]
-fn large_tiles() {
+fn every_tile() {
     fn check<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(65, 129, 96), (133, 140, 64), (256, 30, 160)] {
+        for (tokens, n, k, tile) in [
+            (13, 129, 96, 16),
+            (30, 140, 64, 32),
+            (60, 129, 96, 64),
+            (125, 129, 96, 128),
+            (250, 140, 64, 128),
+            (256, 30, 160, 128),
+        ] {
             for problem in [Problem::<T>::nf4(tokens, n, k, 64), Problem::dense(tokens, n, k)] {
                 let outcome = problem.with_bias_and_scale().with_adapters(&[20, 3]).run_and_check(device);
-                assert_eq!(outcome.plan.tile.tokens, if T::DTYPE == DType::F32 { 8 } else { 128 });
+                assert_eq!(outcome.plan.tile.tokens, if T::DTYPE == DType::F32 { 8 } else { tile });
             }
         }
     }
@@ -418,7 +425,7 @@ fn counts() {
     count(Problem::<bf16>::dense(8, 64, 8192), "matvec_dense_bf16_t8", 17.0);
     count(Problem::<bf16>::nf4(24, 256, 1024, 64), "matmul_nf4_bf16_t32", 9.0);
     count(Problem::<bf16>::nf4(64, 128, 2048, 64), "matmul_nf4_bf16_t64", 11.0);
-    count(Problem::<f16>::nf4(128, 128, 1024, 64), "matmul_nf4_f16_t128", 17.0);
+    count(Problem::<f16>::nf4(128, 256, 1024, 64), "matmul_nf4_f16_t128", 17.0);
     count(Problem::<bf16>::dense(64, 128, 1024), "matmul_dense_bf16_t64", 5.0);
 }
 

@@ -140,14 +140,20 @@ fn split_sums_are_finished() {
     each_type!(all(&device));
 }
 
-/// What the plans that only few multiprocessors or many tokens call for compute.
+/// Tiles of every size, more of them than multiprocessors.
 #[test]
-fn large_tiles() {
+fn every_tile() {
     fn all<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(65, 96, 160), (133, 72, 128), (256, 160, 32)] {
+        for (tokens, n, k, tile) in [
+            (13, 96, 160, 16),
+            (60, 72, 160, 64),
+            (125, 96, 160, 128),
+            (250, 72, 160, 128),
+            (256, 160, 32, 128),
+        ] {
             for problem in [Problem::<T>::nf4(tokens, n, k, 64), Problem::dense(tokens, n, k)] {
                 let outcome = check(&with_dy(problem.with_adapters(&[20, 3])), device);
-                assert_eq!(outcome.plan.tile.tokens, if T::DTYPE == DType::F32 { 64 } else { 128 });
+                assert_eq!(outcome.plan.tile.tokens, if T::DTYPE == DType::F32 { 64 } else { tile });
                 assert_eq!(outcome.plan.splits, 1);
             }
         }
@@ -269,7 +275,7 @@ fn counts() {
     }
     count(Problem::<bf16>::nf4(16, 1024, 256, 64), "matmul_transposed_nf4_bf16_t16", 8.0);
     count(Problem::<bf16>::nf4(64, 1024, 256, 64), "matmul_transposed_nf4_bf16_t64", 12.0);
-    count(Problem::<f16>::nf4(128, 1024, 128, 64), "matmul_transposed_nf4_f16_t128", 18.0);
+    count(Problem::<f16>::nf4(128, 1024, 256, 64), "matmul_transposed_nf4_f16_t128", 18.0);
     count(Problem::<bf16>::dense(128, 1024, 128), "matmul_transposed_dense_bf16_t128", 12.0);
 }
 

@@ -13,12 +13,13 @@
 //!
 //! `prefill` has run in the emulator only. Its design, without what followed (`benches/results`, *prefill*), was timed on an
 //! H200 as prototypes: from 256 tokens on 0.76 to 1.03 times the speed of cuBLAS with a 16-bit weight (a dense W 0.81 to 1.06),
-//! and faster than dequantising and cuBLAS at every shape. The tile and the number of splits follow from those times.
+//! and faster than dequantising and cuBLAS at every shape. The tile and the number of splits follow from those times; in `matmul` from the
+//! instructions of `kernels/SASS.md`, as clocks of an A100. Of all tiles by all splits a plan has what takes least by that model.
 //!
 //! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch.
 //!
 //! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
-//! depend on the other tokens. Where a grid would not fill the device, blocks share a sum (`Plan::splits()`); they leave
+//! depend on the other tokens. Where a grid would leave much of the device idle, blocks share a sum (`Plan::splits()`); they leave
 //! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
 //! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
@@ -29,6 +30,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::LowRankParams;
+use super::block_product::{self, Format};
 use super::check::{blocks, dimension, find, read_only};
 use super::nf4::{Absmax, Values};
 use super::prefill::{self, PrefillParams, Side};
@@ -138,7 +140,6 @@ const fn skinny(entry: &'static str) -> Kernel {
 
 /// Elements of k that one step of a kernel takes.
 const MATVEC_STEP: usize = 1024;
-const MATMUL_STEP: usize = 64;
 const SKINNY_STEP: usize = 512;
 const DECODE_STEP: usize = 4096;
 
@@ -344,12 +345,12 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     } else {
         Choice::matmul(shape, vectors, device)
     };
-    let Choice { name, tile, threads, shared_bytes, blocks_per_sm, rounding, grid } = choice;
+    let Choice { name, tile, threads, shared_bytes, rounding, grid } = choice;
 
     let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
     let splits = match grid {
-        Grid::Units { splits } => splits,
-        _ => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count) * blocks_per_sm),
+        Grid::Units { splits } | Grid::Tiles { splits: Some(splits) } => splits,
+        _ => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count)),
     };
     let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
     let ragged = if vectors { "" } else { "_ragged" };
@@ -365,7 +366,7 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         },
         tile,
         grid: match grid {
-            Grid::Tiles => [blocks("tokens * n", tiles)?, splits as u32, 1],
+            Grid::Tiles { .. } => [blocks("tokens * n", tiles)?, splits as u32, 1],
             Grid::Units { .. } => [blocks("tokens * n", tiles * splits as u64)?.min(device.sm_count), 1, 1],
             Grid::Rows => [blocks("n", tiles)?.min(device.sm_count / splits as u32), splits as u32, 1],
         },
@@ -389,8 +390,6 @@ pub(super) struct Choice {
     pub tile: Tile,
     pub threads: u32,
     pub shared_bytes: u32,
-    /// Blocks that a multiprocessor should have to keep its memory busy.
-    blocks_per_sm: u64,
     pub rounding: Rounding,
     grid: Grid,
 }
@@ -398,8 +397,8 @@ pub(super) struct Choice {
 /// How blocks find their work.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Grid {
-    /// One for every tile and split.
-    Tiles,
+    /// One for every tile and split: so many splits, or as many as make a block for each multiprocessor.
+    Tiles { splits: Option<usize> },
     /// No more than the device runs at once. They go through all tiles and splits.
     Units { splits: usize },
     /// No more than the device runs at once. Those of one split go through all tiles of rows.
@@ -418,7 +417,6 @@ impl Choice {
             tile: Tile { tokens, rows: ROWS, step: DECODE_STEP },
             threads: 384,
             shared_bytes: (table + stages * (stage + 16) + 2 * sums) as u32,
-            blocks_per_sm: 1,
             rounding: Rounding::Value,
             grid: Grid::Rows,
         }
@@ -433,9 +431,8 @@ impl Choice {
             threads: 256,
             // 32 KiB of pairs, and six stages of 512 by 32 codes.
             shared_bytes: 80 << 10,
-            blocks_per_sm: 1,
             rounding: Rounding::Value,
-            grid: Grid::Tiles,
+            grid: Grid::Tiles { splits: None },
         }
     }
 
@@ -450,45 +447,30 @@ impl Choice {
             tile: Tile { tokens, rows: 32, step: MATVEC_STEP },
             threads: 256,
             shared_bytes: 0,
-            blocks_per_sm: 1,
             rounding: Rounding::Exact,
-            grid: Grid::Tiles,
+            grid: Grid::Tiles { splits: None },
         }
     }
 
     fn matmul(shape: &Shape, vectors: bool, device: &Properties) -> Self {
-        const ROWS: usize = 128;
-        let fills = |tokens: usize| {
-            shape.tokens.div_ceil(tokens) * shape.n.div_ceil(ROWS) >= device.sm_count as usize
-        };
-        let tokens = match shape.tokens {
-            _ if !vectors => 64,
-            0..=16 => 16,
-            17..=32 => 32,
-            65.. if fills(128) => 128,
-            _ => 64,
-        };
-        Self::matmul_with(tokens, shape.weight, vectors)
+        let Shape { tokens, n, k, weight, .. } = *shape;
+        let format = Format::new(weight, vectors);
+        Self::of_blocks(block_product::choose(tokens, n, k, format, Side::Rows, device), weight)
     }
 
     /// `matmul` with tiles of so many tokens.
     pub(super) fn matmul_with(tokens: usize, weight: WeightFormat, vectors: bool) -> Self {
-        const ROWS: usize = 128;
-        let (stages, row_bytes) = match weight {
-            _ if !vectors => (1, MATMUL_STEP * 2),
-            WeightFormat::Nf4 { .. } => (4, MATMUL_STEP / 2),
-            WeightFormat::Dense => (3, MATMUL_STEP * 2),
-        };
-        let pipeline = stages * (tokens * MATMUL_STEP * 2 + ROWS * row_bytes);
-        let staging = tokens * (ROWS + 4) * size_of::<f32>();
+        Self::of_blocks(block_product::with_tile(tokens, Format::new(weight, vectors)), weight)
+    }
+
+    fn of_blocks(choice: block_product::Choice, weight: WeightFormat) -> Self {
         Self {
             name: "matmul",
-            tile: Tile { tokens, rows: ROWS, step: MATMUL_STEP },
-            threads: 128,
-            shared_bytes: pipeline.max(staging) as u32,
-            blocks_per_sm: if tokens <= 32 { 2 } else { 1 },
+            tile: choice.tile,
+            threads: block_product::THREADS,
+            shared_bytes: choice.shared_bytes,
             rounding: if weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
-            grid: Grid::Tiles,
+            grid: Grid::Tiles { splits: Some(choice.splits) },
         }
     }
 
@@ -501,16 +483,16 @@ impl Choice {
             tile,
             threads: prefill::THREADS,
             shared_bytes,
-            blocks_per_sm: 1,
             rounding: if codes { Rounding::Half } else { Rounding::Exact },
             grid: Grid::Units { splits },
         }
     }
 }
 
-/// Blocks that share a sum of `steps` steps, so that `tiles` tiles make about `blocks` blocks.
+/// Blocks that share a sum of `steps` steps, so that `tiles` tiles make up to `blocks` blocks. None is without steps.
 pub(super) fn splits(tiles: u64, steps: usize, blocks: u64) -> usize {
-    (blocks.checked_div(tiles).unwrap_or(1) as usize).clamp(1, steps.max(1))
+    let most = (blocks.checked_div(tiles).unwrap_or(1) as usize).clamp(1, steps.max(1));
+    steps.div_ceil(steps.div_ceil(most).max(1)).max(1)
 }
 
 impl Plan {

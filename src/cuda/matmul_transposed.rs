@@ -20,6 +20,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::adapter_table::LowRankParams;
+use super::block_product::{self, Format};
 use super::check::{blocks, dimension, find, read_only};
 use super::matmul::{
     self, FINISH_THREADS, Output, Params, Rounding, Shape, Tile, Weight, WeightFormat, splits,
@@ -71,10 +72,7 @@ const fn prefill(entry: &'static str) -> Kernel {
     Kernel::new::<PrefillParams>("prefill_transposed", entry)
 }
 
-/// Rows of W that one step of a kernel takes, and columns of W that a block has.
-const STEP: usize = 64;
-const COLUMNS: usize = 128;
-/// The same of f32.
+/// Rows of W that one step of f32 products takes, and columns of W that a block has.
 const F32_STEP: usize = 16;
 const F32_TILE: usize = 64;
 
@@ -196,34 +194,28 @@ impl Choice {
     /// `matmul_transposed`.
     fn new(shape: &Shape, vectors: bool, device: &Properties) -> Self {
         let Shape { tokens, n, k, dtype, weight } = *shape;
-        let f32 = dtype == DType::F32;
-        let fills = |tile: usize| tokens.div_ceil(tile) * k.div_ceil(COLUMNS) >= device.sm_count as usize;
-        let tile = match tokens {
-            _ if f32 => Tile { tokens: F32_TILE, rows: F32_TILE, step: F32_STEP },
-            0..=16 if vectors => Tile { tokens: 16, rows: COLUMNS, step: STEP },
-            65.. if vectors && fills(128) => Tile { tokens: 128, rows: COLUMNS, step: STEP },
-            _ => Tile { tokens: 64, rows: COLUMNS, step: STEP },
-        };
-        // What a stage and the end hold is spelled out in `multiply_block` of block_product.cuh.
-        let (stages, row_bytes) = match (vectors, weight) {
-            (false, _) => (1, COLUMNS * 2),
-            (true, WeightFormat::Nf4 { .. }) => (4, COLUMNS / 2),
-            (true, WeightFormat::Dense) => (3, COLUMNS * 2),
-        };
-        let pipeline = stages * (tile.tokens * STEP * 2 + STEP * row_bytes);
-        let staging = tile.tokens * (COLUMNS + 4) * size_of::<f32>();
-        let tiles = tokens.div_ceil(tile.tokens) as u64 * k.div_ceil(tile.rows) as u64;
+        if dtype == DType::F32 {
+            let tiles = tokens.div_ceil(F32_TILE) as u64 * k.div_ceil(F32_TILE) as u64;
+            return Self {
+                name: "matmul_transposed",
+                variant: String::new(),
+                tile: Tile { tokens: F32_TILE, rows: F32_TILE, step: F32_STEP },
+                threads: 256,
+                shared_bytes: 0,
+                splits: splits(tiles, n.div_ceil(F32_STEP), u64::from(device.sm_count)),
+                units: false,
+            };
+        }
+        let format = Format::new(weight, vectors);
+        let choice = block_product::choose(tokens, k, n, format, Side::Columns, device);
+        let ragged = if vectors { "" } else { "_ragged" };
         Self {
             name: "matmul_transposed",
-            variant: match (f32, vectors) {
-                (true, _) => String::new(),
-                (false, true) => format!("_t{}", tile.tokens),
-                (false, false) => format!("_t{}_ragged", tile.tokens),
-            },
-            tile,
-            threads: if f32 { 256 } else { 128 },
-            shared_bytes: if f32 { 0 } else { pipeline.max(staging) as u32 },
-            splits: splits(tiles, n.div_ceil(tile.step), u64::from(device.sm_count)),
+            variant: format!("_t{}{ragged}", choice.tile.tokens),
+            tile: choice.tile,
+            threads: block_product::THREADS,
+            shared_bytes: choice.shared_bytes,
+            splits: choice.splits,
             units: false,
         }
     }

@@ -8,6 +8,7 @@ pub mod absmax_quantize;
 pub mod adalora;
 pub mod adamw;
 mod adapter_table;
+mod block_product;
 mod check;
 mod deltas;
 pub mod dora_gradient;
@@ -36,6 +37,7 @@ pub mod orthogonality;
 mod prefill;
 mod queue;
 pub mod raw;
+mod rounds;
 mod tensor_map;
 mod view;
 

@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::matmul::{Params, Shape, Tile, WeightFormat};
+use super::rounds::{self, Cost, Machine, Work};
 use super::{EncodedMap, Properties, Queue, Swizzle, TensorMap, dropout};
 use crate::Result;
 
@@ -99,61 +100,49 @@ pub(super) fn choose(
     codes: bool,
     device: &Properties,
 ) -> Choice {
-    let (slices, blocks) = (length.div_ceil(STEP), device.sm_count as usize);
-    let costs = if codes { &NF4 } else { &DENSE };
-    let choices = costs.iter().flat_map(|cost| {
-        let tiles = tokens.div_ceil(cost.tokens) * outputs.div_ceil(OUTPUTS);
-        let most = blocks.checked_div(tiles).unwrap_or(1).min(slices / LEAST_SLICES).max(1);
-        (1..=most).map(move |splits| {
-            let rounds = (tiles * splits).div_ceil(blocks) * slices.div_ceil(splits);
-            let sums = if splits > 1 { splits * tokens * outputs } else { 0 };
-            let finish = if splits > 1 { FINISH_START } else { 0 } + sums as u64 / FINISH_SUMS;
-            (cost.start + rounds as u64 * cost.slice + finish, splits, cost)
-        })
-    });
-    let (_, splits, cost) = choices.min_by_key(|&(time, splits, _)| (time, splits)).expect("three tiles");
+    let work = Work {
+        tokens,
+        columns: outputs.div_ceil(OUTPUTS),
+        outputs,
+        slices: length.div_ceil(STEP),
+        weight_bytes: 0, // what was measured had to read them
+    };
+    let machine = Machine {
+        multiprocessors: device.sm_count.max(1) as usize,
+        bytes: f64::INFINITY,
+        finish: FINISH,
+        sums: SUMS,
+    };
+    let (cost, splits, _) = rounds::fastest(&work, &machine, if codes { &NF4 } else { &DENSE });
     // What a stage and the rest hold is spelled out in `Layout` of prefill.cuh.
+    let stages = match cost.tokens {
+        64 => 8,
+        128 => 6,
+        _ => 4,
+    };
     let stage = cost.tokens * STEP * 2 + OUTPUTS * if codes { STEP / 2 + 8 } else { STEP * 2 };
     let table = if codes { 64 << 10 } else { 0 };
     Choice {
         tile: Tile { tokens: cost.tokens, rows: OUTPUTS, step: STEP },
         splits,
-        shared_bytes: (cost.stages * (stage + 16) + table + 8 * 1024 + cost.tokens * 4) as u32,
+        shared_bytes: (stages * (stage + 16) + table + 8 * 1024 + cost.tokens * 4) as u32,
     }
 }
 
-/// What a tile takes on an H200, in nanoseconds. (By rows. That columns take as long is assumed: their loops have as many
-/// instructions, see `kernels/SASS.md`.)
-struct Cost {
-    /// Tokens of a tile.
-    tokens: usize,
-    /// Slices of the sum in shared memory at a time.
-    stages: usize,
-    /// A launch with one tile for every block, but for its slices.
-    start: u64,
-    /// 64 elements of the sum.
-    slice: u64,
+/// What a tile takes on an H200, in nanoseconds: a launch with one for every block, but for its slices, and 64 elements of the sum. (By rows.
+/// That columns take as long is assumed: their loops have as many instructions, see `kernels/SASS.md`.)
+const fn measured(tokens: usize, start: u32, slice: u32) -> Cost {
+    Cost { tokens, start: start as f64, alone: slice as f64, shared: slice as f64, end: 0.0 }
 }
 
 /// Lines through the times of `hmul_t64`, `hmul_t128`, `hmul_t256_j4` at 256 tokens and 4096 rows, k = 4096 and 14336, in
 /// `benches/results/2026-11-27-nvidia-h200-prefill.json`.
-const NF4: [Cost; 3] = [
-    Cost { tokens: 64, stages: 8, start: 4600, slice: 289 },
-    Cost { tokens: 128, stages: 6, start: 5300, slice: 372 },
-    Cost { tokens: 256, stages: 4, start: 6800, slice: 571 },
-];
+const NF4: [Cost; 3] = [measured(64, 4600, 289), measured(128, 5300, 372), measured(256, 6800, 571)];
 
 /// The same through `dense_t64`, `dense_t128`, `dense_t256`.
-const DENSE: [Cost; 3] = [
-    Cost { tokens: 64, stages: 8, start: 1800, slice: 258 },
-    Cost { tokens: 128, stages: 6, start: 4500, slice: 291 },
-    Cost { tokens: 256, stages: 4, start: 5500, slice: 574 },
-];
+const DENSE: [Cost; 3] = [measured(64, 1800, 258), measured(128, 4500, 291), measured(256, 5500, 574)];
 
 /// What splits cost besides, in nanoseconds: measured were sums shared by two blocks of a cluster, 2 to 3 microseconds. Here
 /// a second kernel adds them; that it takes as long, and moves 500 sums in a nanosecond, is assumed.
-const FINISH_START: u64 = 2500;
-const FINISH_SUMS: u64 = 500;
-
-/// Slices that a split has at least.
-const LEAST_SLICES: usize = 4;
+const FINISH: f64 = 2500.0;
+const SUMS: f64 = 500.0;
