@@ -51,7 +51,7 @@ const MODELS: [Model; 4] = [
     },
 ];
 /// Not part of a layer: k or v alone.
-const ALONE: (&str, &str, usize, usize) = ("Llama-3-8B", "k", 1024, 4096);
+const ALONE: &[(&str, &str, usize, usize)] = &[("Llama-3-8B", "k", 1024, 4096), ("Qwen2.5-7B", "k", 512, 3584)];
 
 const TOY: [Model; 1] = [Model {
     name: "toy",
@@ -144,7 +144,7 @@ impl Adapters {
 struct Config {
     device: Device,
     models: &'static [Model],
-    alone: Option<(&'static str, &'static str, usize, usize)>,
+    alone: &'static [(&'static str, &'static str, usize, usize)],
     tokens: Vec<usize>,
     /// Weights in memory, the length of every arena in elements.
     weights: usize,
@@ -178,7 +178,7 @@ impl Config {
             Some(device) if std::env::var("LORA_KERNELS_DEVICE").as_deref() != Ok("emulator") => Self {
                 device,
                 models: &MODELS,
-                alone: Some(ALONE),
+                alone: ALONE,
                 tokens: vec![1, 2, 4, 8, 16, 32, 64],
                 weights: 1 << 30,
                 adapters: 1 << 27,
@@ -191,7 +191,7 @@ impl Config {
             _ => Self {
                 device: Device::best(),
                 models: &TOY,
-                alone: None,
+                alone: &[],
                 tokens: vec![1, 9],
                 weights: 1 << 17,
                 adapters: 1 << 18,

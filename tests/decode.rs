@@ -4,7 +4,7 @@
 mod products;
 
 use half::{bf16, f16};
-use lora_kernels::cuda::matmul::{Extras, Rounding};
+use lora_kernels::cuda::matmul::{Extras, Rounding, Shape, WeightFormat, plan};
 use lora_kernels::nf4::{Absmax, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element};
 use lora_kernels_devices::{Device, Spec};
@@ -120,23 +120,59 @@ fn blocks_go_from_tile_to_tile() {
     each_type!(run(&small(2)));
 }
 
+/// Clusters of two, four and eight; rows that end inside a tile, and k that ends anywhere in a block's pieces, parts of those, or
+/// warps' slices. Of eight blocks for five steps, three have nothing to add. The adapters' kernel finishes whole sums.
 #[test]
-fn split_sums_are_finished() {
-    fn run<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(1, 33, 8192), (16, 20, 4096 * 2 + 64)] {
+fn blocks_of_a_cluster_share_sums() {
+    fn run<T: Element>(device: &Device, splits: u32) {
+        let most = 8 / splits as usize * 16;
+        for (tokens, n, k) in [
+            (1, most, 8192),
+            (8, most - 1, 1024 * (splits as usize - 1) + 64),
+            (3, most - 15, 4096 * splits as usize + 1024 + 64),
+            (16, most - 7, 2048 * splits as usize + 320),
+            (13, most, 1024 * (splits as usize / 2 + 1)),
+        ] {
             let problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale();
-            let outcome = check(&problem, device);
-            assert!(outcome.plan.splits > 1 && outcome.plan.finish.is_some(), "{:?}", outcome.plan);
-            assert_eq!(outcome.plan.workspace_bytes, outcome.plan.splits * tokens * n * 4);
-            check(&problem.with_adapters(&[3, 20]), device);
-        }
-        // Five steps for up to four splits: two of two, and a last one that ends in the middle of its step.
-        for tokens in [1, 16] {
-            let outcome = check(&Problem::<T>::nf4(tokens, 20, 4 * 4096 + 2048, 64), device);
-            assert_eq!(outcome.plan.splits, 3);
+            let plan = check(&problem, device).plan;
+            let tiles = n.div_ceil(16) as u32;
+            assert_eq!((plan.splits, plan.grid), (splits as usize, [tiles, splits, 1]), "{plan:?}");
+            assert_eq!(plan.workspace_bytes, tokens * n * 4);
+            if k < 4096 {
+                check(&problem.with_adapters(&[3, 20]), device);
+            }
         }
     }
-    each_type!(run(&small(9)));
+    let device = small(8);
+    for splits in [2, 4, 8] {
+        each_type!(run(&device, splits));
+    }
+}
+
+/// What the splits are: the device is filled from 512 rows on, with no cluster beyond what it holds at once and no second wave.
+#[test]
+fn few_rows_are_split() {
+    let device = Device::emulate(Spec::h200());
+    for (n, k, grid) in [
+        (512, 4096, [32, 4, 1]),
+        (512, 14336, [32, 4, 1]),
+        (528, 4096, [33, 2, 1]),
+        (896, 896, [56, 1, 1]),
+        (1024, 2048, [64, 2, 1]),
+        (1024, 14336, [64, 2, 1]),
+        (1040, 14336, [65, 1, 1]),
+        (256, 4096, [16, 4, 1]),
+        (256, 5120, [16, 8, 1]),
+        (2048, 4096, [128, 1, 1]),
+        (4096, 4096, [132, 1, 1]),
+    ] {
+        for tokens in [1, 16] {
+            let weight = WeightFormat::Nf4 { blocksize: 64 };
+            let shape = Shape { tokens, n, k, dtype: DType::BF16, weight };
+            let plan = plan(&shape, device.queue().properties()).unwrap();
+            assert_eq!((plan.kernel.unwrap().module, plan.grid), ("decode", grid), "{n} x {k}");
+        }
+    }
 }
 
 /// With x the identity, a sum has one term that is not zero: y is the weight as it is multiplied, which takes two roundings.
@@ -199,7 +235,7 @@ fn a_token_depends_on_itself_alone() {
 /// From 1 to 16 tokens, one has the same bits, in whole sums and in split ones.
 #[test]
 fn it_does_not_depend_on_the_batch() {
-    fn run<T: Element>(device: &Device) {
+    fn run<T: Element>(device: &Device, splits: usize) {
         let (n, k) = (35, 8192 + 2048 + 192);
         let all = Problem::<T>::nf4(16, n, k, 64).with_adapters(&[16, 2]);
         let y = all.run(device).y;
@@ -209,12 +245,14 @@ fn it_does_not_depend_on_the_batch() {
             some.x.truncate(tokens * k);
             some.index.as_mut().unwrap().truncate(tokens);
             let outcome = some.run(device);
+            assert_eq!(outcome.plan.splits, splits);
             assert!(same(&outcome.y, &y[..tokens * n]), "{:?}", outcome.plan);
         }
     }
-    for multiprocessors in [2, 12] {
-        run::<f16>(&small(multiprocessors));
-        run::<bf16>(&small(multiprocessors));
+    // Two clusters of eight blocks would fit, three do not.
+    for (multiprocessors, splits) in [(2, 1), (16, 4), (24, 8)] {
+        run::<f16>(&small(multiprocessors), splits);
+        run::<bf16>(&small(multiprocessors), splits);
     }
 }
 
@@ -294,12 +332,12 @@ fn layers_overlap() {
 /// room in the instructions.
 #[test]
 fn counts() {
-    fn count<T: Element>(tokens: usize, entry: &str, instructions: f64) {
-        let device = Device::emulate(Spec::h200()).with_multiprocessors(2);
-        let problem = Problem::<T>::nf4(tokens, 256, 4096, 64);
+    fn count<T: Element>(tokens: usize, n: usize, entry: &str, instructions: f64) {
+        let device = Device::emulate(Spec::h200()).with_multiprocessors(8);
+        let problem = Problem::<T>::nf4(tokens, n, 4096, 64);
         let outcome = problem.run(&device);
         let (plan, counters) = (outcome.plan, outcome.counters.unwrap());
-        assert_eq!((plan.kernel.unwrap().entry, plan.splits), (entry, 1));
+        assert_eq!(plan.kernel.unwrap().entry, entry);
         assert_eq!(counters.local_accesses, 0);
         assert_eq!(counters.shared_loads.conflicts, 0, "{entry}: {counters}");
         assert_eq!(counters.shared_stores.conflicts, 0, "{entry}: {counters}");
@@ -315,7 +353,10 @@ fn counts() {
         assert!(got <= instructions, "{entry} takes {got:.2} instructions per weight, not {instructions}");
     }
     // PTX counts register moves that are no instructions of the machine, and waits as often as they are tried.
-    count::<bf16>(1, "decode_nf4_bf16_t8", 4.0);
-    count::<f16>(8, "decode_nf4_f16_t8", 4.0);
-    count::<bf16>(16, "decode_nf4_bf16_t16", 5.5);
+    count::<bf16>(1, 512, "decode_nf4_bf16_t8", 4.0);
+    count::<f16>(8, 512, "decode_nf4_f16_t8", 4.0);
+    count::<bf16>(16, 512, "decode_nf4_bf16_t16", 5.5);
+    // A block has a quarter of a stage: most of what it does is to make the table, which it does while W is on its way.
+    count::<bf16>(1, 32, "decode_nf4_bf16_t8_split", 10.5);
+    count::<bf16>(16, 32, "decode_nf4_bf16_t16_split", 12.0);
 }

@@ -51,6 +51,40 @@ __device__ __forceinline__ void sync_some(uint32_t barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
 }
 
+// --- Blocks of a cluster, which reach each other's shared memory.
+
+// Called once by all threads: says that the block has started and its barriers are there.
+__device__ __forceinline__ void meet_blocks() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+// Called once by all threads, later: waits for that of all blocks.
+__device__ __forceinline__ void wait_for_blocks() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The place in a block's shared memory that `shared` is in this one's. Of use to the functions below.
+__device__ __forceinline__ uint32_t address_in(uint32_t block, uint32_t shared) {
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(block));
+    return address;
+}
+
+__device__ __forceinline__ void store_at(uint32_t address, float value) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// `wait` for arrivals of other blocks: what they stored before can be read.
+__device__ __forceinline__ void wait_for_others(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (done == 0);
+}
+
 // --- Copies of bytes.
 
 // Copies `bytes` bytes, a multiple of 16, between addresses that are multiples of 16; `barrier` counts them.

@@ -153,8 +153,14 @@ unsafe impl Queue for CudaQueue {
         self.bind()?;
         let function = self.library.function(kernel, &self.stream)?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        if overlap && self.library.overlaps {
-            let mut attribute = overlapping();
+        let (mut attributes, mut count) = ([ignored(); 2], 0);
+        let overlapping = (overlap && self.library.overlaps).then(overlapping);
+        let clusters = kernel.clusters.then(|| clusters_of(grid[1]));
+        for attribute in [overlapping, clusters].into_iter().flatten() {
+            attributes[count] = attribute;
+            count += 1;
+        }
+        if count > 0 {
             let config = sys::CUlaunchConfig {
                 gridDimX: grid[0],
                 gridDimY: grid[1],
@@ -164,8 +170,8 @@ unsafe impl Queue for CudaQueue {
                 blockDimZ: block[2],
                 sharedMemBytes: shared_bytes,
                 hStream: self.stream.cu_stream(),
-                attrs: &mut attribute,
-                numAttrs: 1,
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: count as c_uint,
             };
             // SAFETY: as below; the driver reads the configuration during the call.
             let result =
@@ -264,13 +270,27 @@ const OVERLAPPING: ((u32, u32), c_int) = ((9, 0), 12_030);
 
 /// What lets a launch start while the one before it in its stream still runs.
 fn overlapping() -> sys::CUlaunchAttribute {
-    // SAFETY: zeros are a value of all variants of the union, which are numbers, pointers and arrays of them.
-    let mut value: sys::CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
-    value.programmaticStreamSerializationAllowed = 1;
+    let mut attribute = ignored();
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
+/// Clusters of so many blocks in y.
+fn clusters_of(blocks: u32) -> sys::CUlaunchAttribute {
+    let mut attribute = ignored();
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    (attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z) = (1, blocks, 1);
+    attribute
+}
+
+/// An attribute that says nothing.
+fn ignored() -> sys::CUlaunchAttribute {
     sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_IGNORE,
         pad: [0; 4],
-        value,
+        // SAFETY: zeros are a value of all variants of the union, which are numbers, pointers and arrays of them.
+        value: unsafe { std::mem::zeroed() },
     }
 }
 

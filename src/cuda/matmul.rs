@@ -16,11 +16,12 @@
 //! and faster than dequantising and cuBLAS at every shape. The tile and the number of splits follow from those times; in `matmul` from the
 //! instructions of `kernels/SASS.md`, as clocks of an A100. Of all tiles by all splits a plan has what takes least by that model.
 //!
-//! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch.
+//! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch. Where few rows of W
+//! would leave multiprocessors idle, the blocks of a cluster share its sums over k and add them in shared memory.
 //!
 //! Sums over k are f32, in an order that the plan fixes: the same plan gives the same bits, and a token's outputs do not
-//! depend on the other tokens. Where a grid would leave much of the device idle, blocks share a sum (`Plan::splits()`); they leave
-//! their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
+//! depend on the other tokens. Where a grid would leave much of the device idle, blocks share a sum (`Plan::splits()`); but for
+//! those of `decode` they leave their parts in the workspace, and a second kernel adds those in their order. What W is rounded to before it is multiplied
 //! is `Plan::rounding()`. At the end comes one fused multiply-add with `row_scale` and `bias`, and one rounding to y's type.
 //!
 //! `v Bᵀ` has exact products in `decode`, `skinny`, `matvec` and `matmul`, of bf16 that v and B are cut into, and f32 sums. In `prefill`, v
@@ -109,6 +110,10 @@ pub(super) const KERNELS: &[Kernel] = &[
     decode("decode_nf4_f16_t16"),
     decode("decode_nf4_bf16_t8"),
     decode("decode_nf4_bf16_t16"),
+    decode("decode_nf4_f16_t8_split").in_clusters(),
+    decode("decode_nf4_f16_t16_split").in_clusters(),
+    decode("decode_nf4_bf16_t8_split").in_clusters(),
+    decode("decode_nf4_bf16_t16_split").in_clusters(),
     decode("decode_finish_f16_t8"),
     decode("decode_finish_f16_t16"),
     decode("decode_finish_bf16_t8"),
@@ -141,13 +146,16 @@ const fn skinny(entry: &'static str) -> Kernel {
 /// Elements of k that one step of a kernel takes.
 const MATVEC_STEP: usize = 1024;
 const SKINNY_STEP: usize = 512;
-const DECODE_STEP: usize = 4096;
+const DECODE_STEP: usize = 1024;
 
 /// Elements of k that `skinny` and `decode` scale at a time.
 const SLICE: usize = 64;
 
 /// Threads of `matmul_finish`, one output each.
 pub(super) const FINISH_THREADS: usize = 128;
+
+/// Blocks that a cluster of `decode` has at most, as on any device.
+const MOST_BLOCKS: usize = 8;
 
 /// Threads of `decode_finish`, and the rows of W that a block of it has.
 const DECODE_FINISH: (u32, usize) = (256, 64);
@@ -232,7 +240,7 @@ pub struct Details {
     pub shape: Shape,
     /// The kernel; none where y has no elements.
     pub kernel: Option<Kernel>,
-    /// The kernel that adds the parts of split sums, and with `decode` the low-rank branch. It runs where there is either.
+    /// The kernel that adds the parts of split sums or, with `decode`, which adds them itself, the low-rank branch where there is one.
     pub finish: Option<Kernel>,
     /// Share of one block.
     pub tile: Tile,
@@ -242,7 +250,8 @@ pub struct Details {
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
-    /// Blocks that share a sum over k. Above 1, a second kernel adds their parts.
+    /// Blocks that share a sum over k. Above 1, a second kernel adds their parts; those of `decode` are added by the first block of
+    /// their cluster.
     pub splits: usize,
     /// What W is rounded to.
     pub rounding: Rounding,
@@ -337,7 +346,7 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     let choice = if dtype == DType::F32 || k == 0 {
         Choice::matvec(shape, vectors)
     } else if tokens <= 16 && one_absmax {
-        if hopper { Choice::decode(shape) } else { Choice::skinny(tokens) }
+        if hopper { Choice::decode(shape, device) } else { Choice::skinny(tokens) }
     } else if tokens <= 8 {
         Choice::matvec(shape, vectors)
     } else if tokens > 16 && vectors && hopper {
@@ -349,17 +358,21 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
 
     let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
     let splits = match grid {
-        Grid::Units { splits } | Grid::Tiles { splits: Some(splits) } => splits,
-        _ => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count)),
+        Grid::Units { splits } | Grid::Rows { splits } | Grid::Tiles { splits: Some(splits) } => splits,
+        Grid::Tiles { splits: None } => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count)),
     };
     let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
-    let ragged = if vectors { "" } else { "_ragged" };
-    let entry = format!("{name}_{kind}_{dtype}_t{}{ragged}", tile.tokens);
+    let variant = match grid {
+        Grid::Rows { splits: 2.. } => "_split",
+        _ if !vectors => "_ragged",
+        _ => "",
+    };
+    let entry = format!("{name}_{kind}_{dtype}_t{}{variant}", tile.tokens);
     Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
         finish: match grid {
-            Grid::Rows if tiles > 0 => {
+            Grid::Rows { .. } if tiles > 0 => {
                 Some(find(KERNELS, &format!("decode_finish_{dtype}_t{}", tile.tokens)))
             }
             _ => (splits > 1).then(|| find(KERNELS, &format!("matmul_finish_{dtype}"))),
@@ -368,18 +381,18 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         grid: match grid {
             Grid::Tiles { .. } => [blocks("tokens * n", tiles)?, splits as u32, 1],
             Grid::Units { .. } => [blocks("tokens * n", tiles * splits as u64)?.min(device.sm_count), 1, 1],
-            Grid::Rows => [blocks("n", tiles)?.min(device.sm_count / splits as u32), splits as u32, 1],
+            Grid::Rows { .. } => [blocks("n", tiles)?.min(device.sm_count / splits as u32), splits as u32, 1],
         },
         threads,
         shared_bytes,
         splits,
         rounding,
         vectors,
-        // `decode` needs it for products with adapters, too.
-        workspace_bytes: if splits > 1 || grid == Grid::Rows {
-            splits * tokens * n * size_of::<f32>()
-        } else {
-            0
+        // `decode` needs it for products with adapters.
+        workspace_bytes: match grid {
+            Grid::Rows { .. } => tokens * n * size_of::<f32>(),
+            _ if splits > 1 => splits * tokens * n * size_of::<f32>(),
+            _ => 0,
         },
     }))
 }
@@ -401,24 +414,31 @@ enum Grid {
     Tiles { splits: Option<usize> },
     /// No more than the device runs at once. They go through all tiles and splits.
     Units { splits: usize },
-    /// No more than the device runs at once. Those of one split go through all tiles of rows.
-    Rows,
+    /// No more than the device runs at once. They go through all tiles of rows; or `splits` of them, a cluster, have one.
+    Rows { splits: usize },
 }
 
 impl Choice {
-    fn decode(shape: &Shape) -> Self {
+    fn decode(shape: &Shape, device: &Properties) -> Self {
         const ROWS: usize = 16;
+        // Clusters fit into groups of multiprocessors with a common path to each other, mostly 16 or 18: powers of two, without a rest.
+        let (tiles, steps) = (shape.n.div_ceil(ROWS).max(1), shape.k.div_ceil(DECODE_STEP));
+        let room = device.sm_count as usize / MOST_BLOCKS * MOST_BLOCKS;
+        let splits = [8, 4, 2, 1].into_iter().find(|&splits| splits * tiles <= room && splits < 2 * steps);
+        let splits = splits.unwrap_or(1);
         // What a stage and the rest hold is spelled out in `Layout` of decode.cu.
         let (tokens, slices, stages) = if shape.tokens <= 8 { (8, 64, 3) } else { (16, 32, 6) };
         let stage = ROWS * (slices * (SLICE / 2) + 32 + slices * 4 + 16);
-        let (table, sums) = (32 << 10, 8 * 4 * tokens * ROWS * 4);
+        let (table, sums) = (32 << 10, tokens * ROWS * 4);
+        // Of eight warps for four tiles, twice; or of eight warps, and of the other blocks.
+        let sums = if splits == 1 { 2 * 8 * 4 * sums } else { (8 + MOST_BLOCKS - 1) * sums + 8 };
         Self {
             name: "decode",
             tile: Tile { tokens, rows: ROWS, step: DECODE_STEP },
             threads: 384,
-            shared_bytes: (table + stages * (stage + 16) + 2 * sums) as u32,
+            shared_bytes: (table + stages * (stage + 16) + sums) as u32,
             rounding: Rounding::Value,
-            grid: Grid::Rows,
+            grid: Grid::Rows { splits },
         }
     }
 
@@ -520,7 +540,7 @@ impl Plan {
         y.check("y", tokens * n, 16, device)?;
         workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
         let decode = self.kernel.is_some_and(|kernel| kernel.module == "decode");
-        let in_parts = self.splits > 1 || decode && extras.low_rank.is_some();
+        let in_parts = if decode { extras.low_rank.is_some() } else { self.splits > 1 };
         let params = Params {
             x: x.address(),
             weight: weight_params(&self.shape, weight, device)?,

@@ -14,12 +14,21 @@ pub struct Kernel {
     pub entry: &'static str,
     /// The size of its parameter struct.
     pub param_bytes: usize,
+    /// Blocks of a grid with the same x and z form a cluster (Hopper): they run at the same time and reach each other's shared
+    /// memory. There are at most 8 of them.
+    pub clusters: bool,
 }
 
 impl Kernel {
     /// The entry `entry` of `kernels/{module}.cu`, which takes `P` by value.
     pub const fn new<P: Pod>(module: &'static str, entry: &'static str) -> Self {
-        Self { module, entry, param_bytes: size_of::<P>() }
+        Self { module, entry, param_bytes: size_of::<P>(), clusters: false }
+    }
+
+    /// The same, for a kernel whose blocks form clusters.
+    #[must_use]
+    pub const fn in_clusters(self) -> Self {
+        Self { clusters: true, ..self }
     }
 }
 

@@ -78,7 +78,7 @@ impl Emulator {
         let geometry = ptx_emulator::Launch {
             grid: launch.grid,
             block: launch.block,
-            cluster: [1; 3],
+            cluster: [1, if kernel.clusters { launch.grid[1] } else { 1 }, 1],
             dynamic_shared: launch.shared_bytes,
             // As on a GPU: older ones run launches one after the other.
             overlap: launch.overlap && self.properties.capability >= (9, 0),

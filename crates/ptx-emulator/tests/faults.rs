@@ -61,6 +61,8 @@ const HOPPER: &[Case] = &[
     case("neighbour_before_its_start", FaultKind::SharedRace, 2, 32, "known to have started"),
     case("neighbour_after_its_end", FaultKind::UseAfterFree, 2, 32, "that block has ended"),
     case("neighbour_may_have_ended", FaultKind::UseAfterFree, 2, 32, "may still use its shared memory"),
+    case("neighbour_may_still_arrive", FaultKind::UseAfterFree, 2, 32, "may still use its shared memory"),
+    case("neighbour_may_still_store", FaultKind::UseAfterFree, 2, 32, "may still use its shared memory"),
     case("neighbour_not_published", FaultKind::SharedRace, 2, 32, "no barrier orders"),
     case("neighbour_overwritten", FaultKind::SharedRace, 2, 32, "races with a"),
     case("neighbour_in_the_own_window", FaultKind::OutOfBounds, 2, 32, "shared"),

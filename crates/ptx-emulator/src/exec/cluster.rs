@@ -1,6 +1,6 @@
 //! What the blocks of a cluster share: the barrier, each other's memory; and what grids and warpgroups negotiate.
 
-use super::clocks::Released;
+use super::clocks::{Released, lane_code};
 use super::machine::{Flow, Machine};
 use super::warp::{Wait, Warp};
 use crate::fault::{FaultKind, Run, Trouble};
@@ -137,7 +137,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Block of the cluster and address in its shared memory.
+    /// Block of the cluster and address in its shared memory, which the thread uses from now on.
     pub(super) fn place_of(
         &mut self,
         warp: &Warp,
@@ -145,6 +145,34 @@ impl Machine<'_> {
         address: u64,
         lane: usize,
     ) -> Run<(usize, usize)> {
+        let (block, inside) = self.find_place(warp, space, address, lane)?;
+        if block != warp.block {
+            let now = self.clocks.now();
+            let visitors = &mut self.shared[block].visitors;
+            visitors.resize(self.clocks.warps(), 0);
+            visitors[warp.id] = now;
+        }
+        Ok((block, inside))
+    }
+
+    /// The same for an arrival at an mbarrier, which is over once somebody has waited for it.
+    pub(super) fn place_of_arrival(
+        &mut self,
+        warp: &Warp,
+        space: Space,
+        address: u64,
+        lane: usize,
+    ) -> Run<(usize, usize)> {
+        let (block, inside) = self.find_place(warp, space, address, lane)?;
+        if block != warp.block {
+            // Before what the arrival publishes, which has the time of now.
+            let (arrival, before) = ((warp.id, lane), self.clocks.now() - 1);
+            self.shared[block].arrivals.insert(arrival, before);
+        }
+        Ok((block, inside))
+    }
+
+    fn find_place(&mut self, warp: &Warp, space: Space, address: u64, lane: usize) -> Run<(usize, usize)> {
         let inside = match space {
             Space::Shared => return Ok((warp.block, address as usize)),
             Space::Cluster => address,
@@ -162,12 +190,12 @@ impl Machine<'_> {
             let message = format!("the address is of no block of this cluster of {}", self.blocks.len());
             return Err(Trouble::at(FaultKind::OutOfBounds, lane, address, message));
         }
-        self.visit(warp, rank - 1, lane, address)?;
+        self.check_visit(warp, rank - 1, lane, address)?;
         Ok((rank - 1, inside as usize & ((1 << RANK_SHIFT) - 1)))
     }
 
     /// Another block's memory may only be touched between its start and its end.
-    fn visit(&mut self, warp: &Warp, block: usize, lane: usize, address: u64) -> Run<()> {
+    fn check_visit(&self, warp: &Warp, block: usize, lane: usize, address: u64) -> Run<()> {
         if block == warp.block {
             return Ok(());
         }
@@ -177,13 +205,10 @@ impl Machine<'_> {
             let message = "another block's shared memory is used before that block is known to have started";
             return Err(Trouble::at(FaultKind::SharedRace, lane, address, message));
         }
-        let shared = &mut self.shared[block];
-        if shared.ended {
+        if self.shared[block].ended {
             let message = "another block's shared memory is used after that block has ended";
             return Err(Trouble::at(FaultKind::UseAfterFree, lane, address, message));
         }
-        shared.visitors.resize(self.clocks.warps(), 0);
-        shared.visitors[warp.id] = self.clocks.now();
         Ok(())
     }
 
@@ -214,8 +239,13 @@ impl Machine<'_> {
         self.end_products(block)?;
         let shared = &mut self.shared[block];
         shared.ended = true;
-        for (visitor, &time) in shared.visitors.iter().enumerate() {
-            let seen = warps.clone().any(|w| self.clocks.of(w)[visitor] > time);
+        let visits = shared.visitors.iter().enumerate().map(|(visitor, &time)| (visitor, None, time));
+        let arrivals = shared.arrivals.iter().map(|(&(visitor, lane), &time)| (visitor, Some(lane), time));
+        for (visitor, lane, time) in visits.chain(arrivals) {
+            let knows_lane = |w| {
+                lane.is_some_and(|lane| self.clocks.knows_lane(w, lane_code(visitor, lane), time))
+            };
+            let seen = warps.clone().any(|w| self.clocks.of(w)[visitor] > time || knows_lane(w));
             if time > 0 && !seen {
                 let message = format!(
                     "the block ends, but warp {visitor} of the cluster may still use its shared memory: no barrier orders the two"

@@ -65,7 +65,11 @@ impl Machine<'_> {
             self.clocks.release_fence(warp.id).cloned()
         };
         for lane in lanes(m) {
-            let (block, place) = self.place_of(warp, op.space, address[lane], lane)?;
+            let (block, place) = if releases {
+                self.place_of_arrival(warp, op.space, address[lane], lane)?
+            } else {
+                self.place_of(warp, op.space, address[lane], lane)?
+            };
             let value = op.a.map(|reg| read(warp, reg, lane) as u32);
             let me = Who { warp: warp.id, lane };
             if op.mode == MbarrierMode::Init {

@@ -1,5 +1,7 @@
 //! Shared memory of one block: bytes, what each byte may be used for, and who touched it last.
 
+use std::collections::BTreeMap;
+
 use super::clocks::{Clocks, lane_code};
 use crate::fault::{FaultKind, Run, Trouble};
 
@@ -90,6 +92,8 @@ pub(crate) struct Shared {
     pub ended: bool,
     /// Per warp of another block: time of its last access.
     pub visitors: Vec<u32>,
+    /// Per warp and lane of another block: time of its last arrival at a barrier here.
+    pub arrivals: BTreeMap<(usize, usize), u32>,
 }
 
 impl Shared {
@@ -114,6 +118,7 @@ impl Shared {
         self.leaving.fill(0);
         self.ended = false;
         self.visitors.clear();
+        self.arrivals.clear();
     }
 
     /// Forgets all times, when the clock starts anew.

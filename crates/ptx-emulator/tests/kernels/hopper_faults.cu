@@ -30,6 +30,29 @@ CLUSTER(neighbour_may_have_ended) {
     if (!broken) cluster_sync();
 }
 
+CLUSTER(neighbour_may_still_arrive) {
+    __shared__ uint64_t b;
+    if (threadIdx.x == 0) { barrier_init(&b, 1); fence_init(); }
+    cluster_sync();
+    if (cluster_rank() == 0 && threadIdx.x == 0) barrier_arrive_remote(map_rank(shared_address(&b), 1));
+    if (cluster_rank() == 1 && !broken) barrier_wait(&b, 0);
+}
+
+CLUSTER(neighbour_may_still_store) {
+    __shared__ float s[32];
+    __shared__ uint64_t b;
+    if (threadIdx.x == 0) { barrier_init(&b, 1); fence_init(); }
+    cluster_sync();
+    if (cluster_rank() == 0) {
+        if (!broken) store_cluster(map_rank(shared_address(&s[threadIdx.x]), 1), 1.0f);
+        __syncwarp();
+        if (threadIdx.x == 0) barrier_arrive_remote(map_rank(shared_address(&b), 1));
+        if (broken) store_cluster(map_rank(shared_address(&s[threadIdx.x]), 1), 1.0f);
+    } else {
+        barrier_wait(&b, 0);
+    }
+}
+
 CLUSTER(neighbour_not_published) {
     __shared__ float s[32];
     cluster_sync();
