@@ -51,7 +51,8 @@ const MODELS: [Model; 4] = [
     },
 ];
 /// Not part of a layer: k or v alone.
-const ALONE: &[(&str, &str, usize, usize)] = &[("Llama-3-8B", "k", 1024, 4096), ("Qwen2.5-7B", "k", 512, 3584)];
+const ALONE: &[(&str, &str, usize, usize)] =
+    &[("Llama-3-8B", "k", 1024, 4096), ("Qwen2.5-7B", "k", 512, 3584)];
 
 const TOY: [Model; 1] = [Model {
     name: "toy",

@@ -45,13 +45,29 @@ be alike; blocks of one multiprocessor take turns). `matmul` and `prefill` have 
 a grid may be left at 69 %. When `matmul` had as many splits as make one block for each multiprocessor, 256 tokens kept an A100 busy for 59 % with
 4096 x 4096, 4096 x 14336 and 8192 x 28672 (128 tiles for 108 multiprocessors), 64 tokens with 8192 x 28672.
 
-`decode` gives every block at least 16 rows by 4096 elements of k, so few rows do not fill a device with it: 512 x 4096 is one such stage for 32 blocks.
-By what prototypes took (`benches/results`, *decode*: 5.10 us for 4096 x 4096, 6.44 us for 6144 x 4096) a stage is 1.3 us where all multiprocessors share
-the memory, and a launch 2.4 us before its first. More blocks for a stage would have to add their sums. A second kernel is 0.72 us even when it is
-empty, and a cluster that adds them through its shared memory took 0.44 us for each exchange (28672 x 4096: 32.5 us in clusters of two, 20.6 us without,
-27 tiles each). So four blocks for one stage would gain at most 0.5 of 3.7 us, and nothing if instructions are what a stage alone waits for (65536
-weights at 63 a clock, `SASS.md`, are 0.55 us): it is not split. Few rows should rather not be launched alone: query, key and value of 4096, 1024
-and 1024 rows are 6144 x 4096, one launch that fills the device (`Nf4Matrix::stacked` makes one weight of three).
+What a model says of grids that do not fill an H200, in microseconds at 1.755 GHz. Only what is said of prototypes has been measured.
+
+`decode`, few rows: a cluster shares a tile of 16 rows, in parts of 1024 elements of k (two slices of 64 for each warp) or more. 512 x 4096 has 32 tiles,
+four blocks for each: 128 of 132 multiprocessors, 1024 elements each where an even share would be 993. More than 132 blocks would be a second round. Clusters
+have two, four or eight blocks, since multiprocessors that can share a cluster come in groups of 16 or 18, and more than eight need not be possible: fewer than 256 rows leave
+multiprocessors idle, as do 256 with k below 8192 (64 blocks at k = 4096). More than 1024 rows have one block for each tile: 64 multiprocessors decode, at 63 weights
+a clock (`SASS.md`), what memory delivers to 132 at 33.
+
+| 512 x 4096, one token | one block a tile | a cluster of four |
+|---|--:|--:|
+| all bytes, 1.2 MB at 4.3 TB/s | 0.27 | 0.27 |
+| bytes of a block, at 64 a clock | 0.33 | 0.08 |
+| decoding them after they have come (63 and 52 weights a clock) | 0.59 | 0.18 |
+| exchange | | 0.15 to 0.44 |
+| sum, without the start (2.4: see below) | 0.92 | 0.60 to 0.89 |
+
+Prototypes took 5.10 us for 4096 x 4096 and 6.44 us for 6144 x 4096 (`benches/results`, *decode*): 1.3 us a stage where all share the memory, 2.4 us before its first. Their
+exchange, two barriers of the cluster, took 0.44 us for each tile (28672 x 4096 in clusters of two: 32.5 us, 20.6 us without). Here it is a store in the first block's shared
+memory, an arrival there, and a look at it, and the barrier at the start is waited for when it is long over; 0.15 us, 260 clocks, is a guess. So 512 x 4096 gains little.
+512 x 14336 gains most: its sums used to be added by a second kernel, which takes 0.72 us even when it is empty. Few rows should rather not be launched alone: query, key and
+value of 4096, 1024 and 1024 rows are 6144 x 4096, one launch (`Nf4Matrix::stacked` makes one weight of three).
+
+`matvec`, up to 8 tokens of dense weights: tiles of 32 rows by 1024 elements. 512 x 4096 has 64 of them.
 ";
 
 /// A launch, and the fewest bytes that it has to read and write.
@@ -114,7 +130,7 @@ impl Row {
 fn product<T: Element>(device: (&'static str, &Device), problem: &Problem<T>) -> Row {
     let outcome = problem.run(device.1);
     let plan = outcome.plan;
-    assert_eq!(plan.splits, 1, "the counts are those of the last launch");
+    assert!(plan.splits == 1 || plan.kernel.unwrap().clusters, "the counts are those of the last launch");
     row(device.0, problem, plan.kernel.unwrap(), plan.tile.tokens, outcome.counters.unwrap())
 }
 
@@ -246,6 +262,11 @@ fn rows() -> Vec<Row> {
         product(hopper, &nf4(1, 4096, 4096)),
         product(hopper, &nf4(8, 4096, 4096)),
         product(hopper, &nf4(16, 4096, 4096)),
+        product(hopper, &nf4(1, 512, 4096)),
+        product(hopper, &nf4(8, 512, 4096)),
+        product(hopper, &nf4(16, 512, 4096)),
+        product(hopper, &nf4(1, 512, 14336)),
+        product(hopper, &nf4(1, 1024, 4096)),
         product(ampere, &nf4(1, 4096, 2048)),
         product(ampere, &nf4(16, 4096, 2048)),
         product(ampere, &Problem::<bf16>::dense(1, 4096, 1024)),
@@ -280,14 +301,16 @@ fn blocks() -> String {
     const TOKENS: [usize; 6] = [1, 16, 32, 64, 256, 2048];
     let mut text = format!("| W | device |{}\n", TOKENS.map(|tokens| format!(" {tokens} |")).concat());
     text += &format!("|---|---|{}\n", "--:|".repeat(TOKENS.len()));
-    for (n, k) in
-        [(512, 4096), (1024, 4096), (6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (8192, 28672)]
-    {
+    let codes = WeightFormat::Nf4 { blocksize: 64 };
+    let few = [(512, 4096), (512, 14336), (1024, 4096), (1024, 14336), (2048, 4096), (3072, 4096)];
+    let many = [(4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096), (8192, 28672)];
+    let all_codes = few.into_iter().chain(many).map(|shape| (codes, shape));
+    let dense = few.into_iter().chain([(4096, 4096)]).map(|shape| (WeightFormat::Dense, shape));
+    for (weight, (n, k)) in all_codes.chain(dense) {
         for (name, spec) in [("A100", Spec::a100()), ("H200", Spec::h200())] {
             let device = Device::emulate(spec);
             let multiprocessors = device.queue().properties().sm_count as usize;
             let cells = TOKENS.map(|tokens| {
-                let weight = WeightFormat::Nf4 { blocksize: 64 };
                 let shape = matmul::Shape { tokens, n, k, dtype: DType::BF16, weight };
                 let plan = matmul::plan(&shape, device.queue().properties()).unwrap();
                 let ([x, y, _], tile) = (plan.grid, plan.tile);
@@ -298,7 +321,8 @@ fn blocks() -> String {
                 let share = 100 * tiles * steps / (rounds * multiprocessors);
                 format!(" {} in {}, {share} % |", x * y, plan.splits)
             });
-            text += &format!("| {n} x {k} | {name} |{}\n", cells.concat());
+            let kind = if weight == codes { "NF4" } else { "dense" };
+            text += &format!("| {kind} {n} x {k} | {name} |{}\n", cells.concat());
         }
     }
     text
@@ -312,7 +336,7 @@ fn the_table_holds() {
     let text = format!(
         "{ABOUT}| kernel | device | what | blocks | read | asked | written | conflicts, loads | stores | instructions |\n\
          |---|---|---|--:|--:|--:|--:|--:|--:|--:|\n{}\n\
-         ## Blocks of a product with an NF4 weight, and the splits of its sums, by tokens\n\n{}\n{ABOUT_BLOCKS}",
+         ## Blocks of a product, and the splits of its sums, by tokens\n\n{}\n{ABOUT_BLOCKS}",
         cells.iter().map(line).collect::<String>(),
         blocks()
     );

@@ -280,7 +280,8 @@ fn overlapping() -> sys::CUlaunchAttribute {
 fn clusters_of(blocks: u32) -> sys::CUlaunchAttribute {
     let mut attribute = ignored();
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    (attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z) = (1, blocks, 1);
+    (attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z) =
+        (1, blocks, 1);
     attribute
 }
 

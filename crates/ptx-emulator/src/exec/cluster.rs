@@ -242,9 +242,8 @@ impl Machine<'_> {
         let visits = shared.visitors.iter().enumerate().map(|(visitor, &time)| (visitor, None, time));
         let arrivals = shared.arrivals.iter().map(|(&(visitor, lane), &time)| (visitor, Some(lane), time));
         for (visitor, lane, time) in visits.chain(arrivals) {
-            let knows_lane = |w| {
-                lane.is_some_and(|lane| self.clocks.knows_lane(w, lane_code(visitor, lane), time))
-            };
+            let knows_lane =
+                |w| lane.is_some_and(|lane| self.clocks.knows_lane(w, lane_code(visitor, lane), time));
             let seen = warps.clone().any(|w| self.clocks.of(w)[visitor] > time || knows_lane(w));
             if time > 0 && !seen {
                 let message = format!(
