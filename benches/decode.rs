@@ -569,7 +569,7 @@ fn main() {
         let sizes = model.products.map(|(_, n, k)| [n, k]);
         bench.sweep(model.name, "layer", &sizes);
     }
-    for (model, op, n, k) in products.chain(config.alone) {
+    for (model, op, n, k) in products.chain(config.alone.iter().copied()) {
         if !seen.contains(&[n, k]) {
             seen.push([n, k]);
             bench.sweep(model, op, &[[n, k]]);

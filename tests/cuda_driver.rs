@@ -95,12 +95,11 @@ fn some_kernel() -> Kernel {
 }
 
 fn launch(queue: &CudaQueue, param_bytes: usize) -> Result<()> {
-    launch_with(queue, param_bytes, false)
+    launch_with(queue, some_kernel(), param_bytes, false)
 }
 
-fn launch_with(queue: &CudaQueue, param_bytes: usize, overlap: bool) -> Result<()> {
+fn launch_with(queue: &CudaQueue, kernel: Kernel, param_bytes: usize, overlap: bool) -> Result<()> {
     let params: Vec<u8> = (0..param_bytes).map(|i| i as u8).collect();
-    let kernel = some_kernel();
     let (grid, block) = ([5, 6, 7], [32, 2, 1]);
     let launch = Launch { kernel, grid, block, shared_bytes: 4096, params: &params, overlap };
     // SAFETY: the fake runs nothing.
@@ -136,13 +135,38 @@ fn a_launch_that_overlaps_says_so_in_the_same_one_call() {
         let queue = CudaQueue::open(0).expect("a device");
         queue.warm_up().expect("modules");
         fake.calls();
-        launch_with(&queue, some_kernel().param_bytes, true).expect("a launch");
+        launch_with(&queue, some_kernel(), some_kernel().param_bytes, true).expect("a launch");
         let stream = queue.stream().cu_stream();
         // 6: programmatic stream serialization.
         let expected = format!(
-            "cuLaunchKernelEx nf4_dequantize_f32 (5 6 7) (32 2 1) 4096 on {stream:?} with 706050403020100, attribute 6 is 1 of 1"
+            "cuLaunchKernelEx nf4_dequantize_f32 (5 6 7) (32 2 1) 4096 on {stream:?} with 706050403020100, attribute 6 is 1 0 0"
         );
         assert_eq!(fake.calls(), [expected]);
+    });
+}
+
+/// The blocks that lie side by side in y, alone or in a launch that overlaps.
+#[test]
+fn a_launch_in_clusters_says_so_too() {
+    on_a_fake_driver(|fake| {
+        fake.set(|s| s.version = 12_030);
+        let queue = CudaQueue::open(0).expect("a device");
+        queue.warm_up().expect("modules");
+        let kernel = kernels().find(|kernel| kernel.clusters).expect("decode's");
+        // 4: the size of a cluster.
+        for (overlap, attributes) in
+            [(false, ", attribute 4 is 1 6 1"), (true, ", attribute 6 is 1 0 0, attribute 4 is 1 6 1")]
+        {
+            fake.calls();
+            launch_with(&queue, kernel, kernel.param_bytes, overlap).expect("a launch");
+            let calls = fake.calls();
+            let of = calls[0].strip_prefix("cuLaunchKernelEx ").and_then(|of| of.strip_prefix(kernel.entry));
+            assert!(
+                calls.len() == 1
+                    && of.is_some_and(|of| of.ends_with(&format!("with 706050403020100{attributes}"))),
+                "{calls:?}"
+            );
+        }
     });
 }
 
@@ -158,7 +182,7 @@ fn launches_overlap_where_driver_and_device_let_them() {
             let queue = CudaQueue::open(0).expect("a device");
             queue.warm_up().expect("modules");
             fake.calls();
-            launch_with(&queue, some_kernel().param_bytes, true).expect("a launch");
+            launch_with(&queue, some_kernel(), some_kernel().param_bytes, true).expect("a launch");
             let calls = fake.calls();
             assert!(calls.len() == 1 && calls[0].starts_with(expected), "{version}, {major}.0: {calls:?}");
         }

@@ -24,7 +24,7 @@ SHAPES = [
     ("Llama-3-70B", "qkv", 10240, 8192), ("Llama-3-70B", "o", 8192, 8192), ("Llama-3-70B", "gate+up", 57344, 8192), ("Llama-3-70B", "down", 8192, 28672),
     ("Qwen2.5-7B", "qkv", 4608, 3584), ("Qwen2.5-7B", "o", 3584, 3584), ("Qwen2.5-7B", "gate+up", 37888, 3584), ("Qwen2.5-7B", "down", 3584, 18944),
     ("Llama-2-7B", "qkv", 12288, 4096), ("Llama-2-7B", "gate+up", 22016, 4096), ("Llama-2-7B", "down", 4096, 11008),
-    ("Llama-3-8B", "k", 1024, 4096),
+    ("Llama-3-8B", "k", 1024, 4096), ("Qwen2.5-7B", "k", 512, 3584),
 ] if GPU else [("toy", "o", 128, 256)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64] if GPU else [1, 3]
 ROTATE = 300 << 20 if GPU else 0
