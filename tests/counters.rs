@@ -51,7 +51,7 @@ What a model says of grids that do not fill an H200, in microseconds at 1.755 GH
 four blocks for each: 128 of 132 multiprocessors, 1024 elements each where an even share would be 993. More than 132 blocks would be a second round. Clusters
 have two, four or eight blocks, since multiprocessors that can share a cluster come in groups of 16 or 18, and more than eight need not be possible: fewer than 256 rows leave
 multiprocessors idle, as do 256 with k below 8192 (64 blocks at k = 4096). More than 1024 rows have one block for each tile: 64 multiprocessors decode, at 63 weights
-a clock (`SASS.md`), what memory delivers to 132 at 33.
+a clock (`SASS.md`), what memory delivers to 132 at 33. For the same reason 72 % (3072 x 4096: 60 have two tiles, 72 have one) still wait for memory.
 
 | 512 x 4096, one token | one block a tile | a cluster of four |
 |---|--:|--:|

@@ -154,8 +154,8 @@ typedef struct {
 Result cuLaunchKernelEx(const Config *c, const char *function, void **params, void **extra) {
     char attributes[200] = "";
     for (unsigned i = 0; i < c->count; ++i) {
-        const Attribute *a = &c->attributes[i];
-        snprintf(attributes + strlen(attributes), 60, ", attribute %d is %d %d %d", a->id, a->value[0], a->value[1], a->value[2]);
+        const int *value = c->attributes[i].value;
+        snprintf(attributes + strlen(attributes), 60, ", attribute %d is %d %d %d", c->attributes[i].id, value[0], value[1], value[2]);
     }
     note("cuLaunchKernelEx %s (%u %u %u) (%u %u %u) %u on %p with %llx%s", function, c->grid[0], c->grid[1], c->grid[2], c->block[0],
          c->block[1], c->block[2], c->shared, c->stream, *(unsigned long long *)params[0], attributes);
