@@ -204,6 +204,9 @@ proptest! {
         };
         let [m, n, k] = shape;
         let (x, dy, weight) = (random(&[m, k]), random(&[m, n]), random(&[n, k]));
+        // No code stands for 0: DoRA divides by the norm of a row.
+        let far_from_zero: Vec<f32> = weight.to_f32().iter().map(|w| w.signum() * (0.25 + 0.75 * w.abs())).collect();
+        let weight = Tensor::from_f32([n, k], &far_from_zero, DType::F32).unwrap();
         let (a, b, e, magnitude) = (random(&[rank, k]), random(&[n, rank]), random(&[rank, 1]), random(&[n]));
         let adapter: Adapter = match dora {
             true => Dora::new(Lora::new(a.clone(), b.clone(), 0.75).unwrap(), magnitude.clone()).unwrap().into(),

@@ -89,15 +89,6 @@ impl Dropout {
         }
     }
 
-    /// Calls `dropped` with each feature of a token that is dropped, of the first `count`.
-    pub(crate) fn for_each_dropped(&self, token: usize, count: usize, mut dropped: impl FnMut(usize)) {
-        let threshold = self.threshold();
-        for first in (0..count).step_by(4) {
-            let words = self.words(token, first / 4).into_iter().zip(first..count);
-            words.filter(|(word, _)| *word < threshold).for_each(|(_, feature)| dropped(feature));
-        }
-    }
-
     fn words(&self, token: usize, quad: usize) -> [u32; 4] {
         let token = self.first_token.wrapping_add(token as u32);
         let [key, upper] = [self.seed, self.offset].map(|word| [word as u32, (word >> 32) as u32]);

@@ -1,6 +1,8 @@
 //! AVX2, FMA and F16C. A code is looked up by byte shuffles: one for each byte of what it stands for.
 
-use std::arch::x86_64::{__m128i, __m256, __m256i, _CMP_GT_OQ, _mm256_cvtph_ps, _mm256_cvtps_ph};
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, _CMP_GT_OQ, _MM_HINT_T0, _mm_prefetch, _mm256_cvtph_ps, _mm256_cvtps_ph,
+};
 
 use bytemuck::{must_cast, must_cast_ref};
 
@@ -174,6 +176,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> Self::Lanes {
+        must_cast([value; LANES])
+    }
+
+    #[inline(always)]
     fn load(self, values: &Vector) -> Self::Lanes {
         must_cast(*values)
     }
@@ -181,6 +188,24 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn store(self, lanes: Self::Lanes) -> Vector {
         must_cast(lanes)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, byte: &u8) {
+        // SAFETY: the machine has SSE, as `self` proves; and a prefetch changes nothing but caches.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) }
+    }
+
+    #[inline(always)]
+    fn widen<T: Element>(self, values: &[T; LANES]) -> Self::Lanes {
+        match T::DTYPE {
+            DType::F32 => must_cast::<[f32; LANES], _>(bytemuck::cast(*values)),
+            DType::F16 => self.of_f16(bytemuck::cast(*values)),
+            DType::BF16 => {
+                let bits = self.avx2._mm256_cvtepu16_epi32(bytemuck::cast(*values));
+                must_cast(self.avx2._mm256_slli_epi32::<16>(bits))
+            }
+        }
     }
 
     #[inline(always)]

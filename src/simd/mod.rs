@@ -35,8 +35,14 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn run<R>(self, work: impl FnOnce() -> R) -> R;
 
     fn zero(self) -> Self::Lanes;
+    /// The same number in all lanes.
+    fn splat(self, value: f32) -> Self::Lanes;
     fn load(self, values: &Vector) -> Self::Lanes;
     fn store(self, lanes: Self::Lanes) -> Vector;
+    /// Asks for what will be read soon.
+    fn prefetch(self, byte: &u8);
+    /// Elements, widened.
+    fn widen<T: Element>(self, values: &[T; LANES]) -> Self::Lanes;
     /// `a b + c`; fused where that is an instruction.
     fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
 

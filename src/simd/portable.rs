@@ -24,6 +24,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> Self::Lanes {
+        [value; LANES]
+    }
+
+    #[inline(always)]
     fn load(self, values: &Vector) -> Self::Lanes {
         values.0
     }
@@ -31,6 +36,14 @@ impl Simd for Portable {
     #[inline(always)]
     fn store(self, lanes: Self::Lanes) -> Vector {
         Vector(lanes)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: &u8) {}
+
+    #[inline(always)]
+    fn widen<T: Element>(self, values: &[T; LANES]) -> Self::Lanes {
+        values.map(T::to_f32)
     }
 
     #[inline(always)]

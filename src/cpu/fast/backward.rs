@@ -1,18 +1,28 @@
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul as product;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::tiles::Tiles;
+use super::read;
+use super::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
 use crate::cpu::lora_shrink::branch_scale;
 use crate::cpu::matmul::check;
 use crate::cpu::{LoraGradient, MatmulExtras, Weight};
 use crate::nf4::check_len;
+use crate::simd::{Level, Simd, Vector, with_level};
 use crate::{Element, Error, Result};
 
 /// Tokens whose gradients are made at once, which bounds the buffers.
-const PASS: usize = 512;
+const PASS: usize = 256;
 /// Rows or columns that one task makes.
 const TASK: usize = 128;
+/// Columns of the gradient of the inputs that one task makes, and rows of a weight that are multiplied at a time: sixteen columns of them
+/// stay in the nearest cache.
+const COLUMNS: usize = 128;
+const DEPTH: usize = 256;
+/// Rows from the one that is decoded to the one that is asked for.
+const AHEAD: usize = 12;
 
 /// The gradients of [`super::matmul`] with the same arguments: of the adapters' factors, as
 /// [`cpu::lora_gradient`](crate::cpu::lora_gradient) gives them with v and u made again; and of `x`, if `dx` is asked for:
@@ -110,36 +120,149 @@ fn input_gradient<T: Element, A: Element>(
     [n, k, max_rank]: [usize; 3],
     dx: &mut [T],
 ) {
-    let tokens: Vec<usize> = (first..first + dx.len() / k).collect();
-    let dy = Tiles::new(&tokens, n, |i, row| T::widen(&dy[i * n..(i + 1) * n], row));
-    let mut sums = dy.times_transposed(k, |start, row| read(weight, start, row));
-    for (a, adapter) in extras.adapters.iter().enumerate() {
-        let tokens = extras.tokens_of(a, tokens.iter().copied());
-        if adapter.rank == 0 || tokens.is_empty() {
-            continue;
-        }
-        let u = Tiles::new(&tokens, adapter.rank, |i, row| {
-            row.copy_from_slice(&u[i * max_rank..][..adapter.rank]);
-        });
-        let mut branch =
-            u.times_transposed(k, |start, row| A::widen(&adapter.lora_a[start..start + row.len()], row));
-        if let Some(dropout) = extras.dropout {
-            branch.zero(|column, zero| {
-                tokens.get(column).inspect(|i| dropout.for_each_dropped(**i, k, zero));
+    let tokens = first..first + dx.len() / k;
+    let dy = Parts::new(tokens.len(), n, |i, start, row| {
+        T::widen(&dy[(first + i) * n + start..][..row.len()], row);
+    });
+    let branches = extras.adapters.iter().enumerate().filter(|(_, adapter)| adapter.rank > 0);
+    let branches: Vec<_> = branches
+        .map(|(a, adapter)| {
+            let own = extras.tokens_of(a, tokens.clone());
+            let u = Parts::new(own.len(), adapter.rank, |i, start, row| {
+                row.copy_from_slice(&u[own[i] * max_rank + start..][..row.len()]);
             });
+            (adapter, own, u)
+        })
+        .collect();
+    let level = Level::detect();
+    let panels: Vec<Vec<Wide>> = (0..k)
+        .into_par_iter()
+        .step_by(COLUMNS)
+        .map_init(Vec::new, |panel, start| {
+            let columns = start..k.min(start + COLUMNS);
+            let mut sums = vec![[Vector::ZERO; 2]; tokens.len() * columns.len().div_ceil(WIDTH)];
+            with_level!(level, simd => add_columns(simd, &dy, weight, k, columns.clone(), panel, &mut sums));
+            for (adapter, own, u) in &branches {
+                let mut branch = vec![[Vector::ZERO; 2]; own.len() * columns.len().div_ceil(WIDTH)];
+                let lora_a = Weight::Dense { data: adapter.lora_a, n: adapter.rank, k };
+                with_level!(level, simd => add_columns(simd, u, &lora_a, k, columns.clone(), panel, &mut branch));
+                let branches = branch.chunks_exact_mut(own.len().max(1)).zip(sums.chunks_exact_mut(tokens.len()));
+                for (group, (branch, sums)) in branches.enumerate() {
+                    for (branch, &i) in branch.iter_mut().zip(own) {
+                        let branch: &mut [f32] = bytemuck::cast_slice_mut(branch);
+                        if let Some(dropout) = extras.dropout {
+                            dropout.mask_from(i, start + group * WIDTH, 0.0, branch);
+                        }
+                        let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut sums[i - first]);
+                        sums.iter_mut().zip(branch).for_each(|(sum, branch)| *sum += *branch);
+                    }
+                }
+            }
+            sums
+        })
+        .collect();
+    dx.par_chunks_mut(k).enumerate().for_each(|(i, dx)| {
+        for (dx, panel) in dx.chunks_mut(COLUMNS).zip(&panels) {
+            for (dx, sums) in dx.chunks_mut(WIDTH).zip(panel.chunks_exact(tokens.len())) {
+                T::round(&bytemuck::cast_slice(&sums[i])[..dx.len()], dx);
+            }
         }
-        let columns: Vec<usize> = tokens.iter().map(|i| i - first).collect();
-        sums.add(&branch, &columns);
-    }
-    sums.write(dx, |_, sum| sum);
+    });
 }
 
-/// Elements of a weight from a flat index on, in `T` and then widened.
-fn read<T: Element>(weight: &Weight<'_, T>, start: usize, row: &mut [f32]) {
-    match weight {
-        Weight::Dense { data, .. } => T::widen(&data[start..start + row.len()], row),
-        Weight::Nf4(nf4) => nf4.decode_widened::<T>(start, row),
+/// Rows in parts of [`DEPTH`] values: the first parts of all rows, then the second ones. So what is multiplied at one time lies together.
+struct Parts {
+    count: usize,
+    len: usize,
+    values: Vec<f32>,
+}
+
+impl Parts {
+    /// `fill` writes values of a row from some place on.
+    fn new(count: usize, len: usize, fill: impl Fn(usize, usize, &mut [f32]) + Sync) -> Self {
+        let mut values = vec![0.0; count * len];
+        let parts = values.par_chunks_mut((count * DEPTH).max(1)).enumerate();
+        parts.for_each(|(part, rows)| {
+            let rows = rows.chunks_mut(rows.len() / count).enumerate();
+            rows.for_each(|(i, row)| fill(i, part * DEPTH, row));
+        });
+        Self { count, len, values }
     }
+
+    #[inline(always)]
+    fn row(&self, part: usize, i: usize) -> &[f32] {
+        let depth = DEPTH.min(self.len - part * DEPTH);
+        &self.values[part * DEPTH * self.count + i * depth..][..depth]
+    }
+}
+
+/// Adds the product of rows, each `depth` long, and some columns of a weight `[depth, k]`, by groups of columns: `[groups, rows]`. To be
+/// inlined into what `simd` runs.
+#[inline(always)]
+fn add_columns<S: Simd, T: Element>(
+    simd: S,
+    rows: &Parts,
+    weight: &Weight<'_, T>,
+    k: usize,
+    columns: Range<usize>,
+    panel: &mut Vec<Wide>,
+    sums: &mut [Wide],
+) {
+    let groups = columns.len().div_ceil(WIDTH);
+    let Parts { count, len: depth, .. } = *rows;
+    panel.resize(groups * DEPTH, [Vector::ZERO; 2]);
+    for (part, start) in (0..depth).step_by(DEPTH).enumerate() {
+        let steps = DEPTH.min(depth - start);
+        for step in 0..steps {
+            let mut row = [[Vector::ZERO; 2]; COLUMNS / WIDTH];
+            let floats: &mut [f32] = bytemuck::cast_slice_mut(&mut row);
+            let place = |row: usize| row * k + columns.start;
+            let ahead = start + step + AHEAD;
+            if ahead < depth {
+                prefetch(simd, weight, place(ahead), columns.len());
+            }
+            read(simd, weight, place(start + step), &mut floats[..columns.len()]);
+            for (row, panel) in row.iter().zip(panel.chunks_exact_mut(DEPTH)) {
+                panel[step] = *row;
+            }
+        }
+        for (panel, sums) in panel.chunks_exact(DEPTH).zip(sums.chunks_exact_mut(count.max(1))) {
+            for (first, sums) in (0..count).step_by(HEIGHT).zip(sums.chunks_mut(HEIGHT)) {
+                with_height!(sums.len(), R => {
+                    let rows: [&[f32]; R] = std::array::from_fn(|r| rows.row(part, first + r));
+                    multiply(simd, rows, &panel[..steps], sums.as_chunks_mut().0);
+                });
+            }
+        }
+    }
+}
+
+/// Asks for elements of a weight: pieces of rows are far from each other, and no machine guesses the next one.
+#[inline(always)]
+fn prefetch<S: Simd, T: Element>(simd: S, weight: &Weight<'_, T>, start: usize, len: usize) {
+    let bytes = match weight {
+        Weight::Dense { data, .. } => bytemuck::cast_slice(&data[start..start + len]),
+        Weight::Nf4(nf4) => &nf4.packed()[start / 2..(start + len).div_ceil(2)],
+    };
+    const LINE: usize = 64;
+    bytes.iter().step_by(LINE).chain(bytes.last()).for_each(|byte| simd.prefetch(byte));
+}
+
+#[inline(never)]
+fn multiply<S: Simd, const R: usize>(simd: S, rows: [&[f32]; R], values: &[Wide], sums: &mut [[Wide; R]]) {
+    simd.run(
+        #[inline(always)]
+        || {
+            let rows = rows.map(|row| &row[..values.len()]);
+            multiply_add(
+                simd,
+                values,
+                #[inline(always)]
+                |r, i, _| rows[r][i],
+                &mut sums[0],
+            );
+        },
+    );
 }
 
 /// Rows of a matrix, in f32.

@@ -1,28 +1,35 @@
 //! The products in parallel, for whole models.
 //!
 //! They run with AVX2, FMA and F16C where the machine has these, and in plain Rust elsewhere. 4-bit weights stay packed: few tokens
-//! multiply values as they are decoded, more of them panels that stay in a core's cache. A sum of inputs has one order, whatever else is
-//! in the batch.
+//! multiply values as they are decoded, more of them panels that stay in a core's cache.
+//!
+//! An output has eight sums, one for each lane of a vector: lane j adds inputs j, j + 8, ... in turn, and the lanes are added at the end.
+//! This is so for any number of tokens and threads, and so every bit is.
 
 mod backward;
-mod dot;
-mod tiles;
-
-use std::ops::Range;
+mod few;
+mod many;
+mod tile;
 
 use rayon::prelude::*;
 
 use super::lora_shrink::branch_scale;
 use super::matmul::{Shape, check};
 use super::{LowRank, MatmulExtras, Weight};
-use crate::nf4::{Nf4Matrix, check_len};
-use crate::simd::{LANES, Level, Simd, Vector};
+use crate::nf4::check_len;
+use crate::simd::{Level, Simd, with_level};
 use crate::{Element, Result};
 pub use backward::backward;
-use dot::{DEPTH, Further, Matrix, Rows, Tokens, dots};
+use few::Rows;
+use many::Columns;
+use tile::HEIGHT;
 
 /// Tokens of one pass over a weight: its decoding is spread over them, and they stay in a core's cache, 512 inputs at a time.
 const PASS: usize = 128;
+/// Rows of a task, at most: a multiple of what is multiplied at a time.
+const ROWS: usize = 36;
+/// Rows of the result that are written at a time.
+const WRITTEN: usize = 8;
 
 /// What [`cpu::matmul`](super::matmul()) computes, in f32. The bits depend on the CPU's vector instructions, and on nothing
 /// else: a token has the same output in every batch.
@@ -69,121 +76,112 @@ fn run_pass<T: Element, A: Element>(
 ) {
     let tokens = y.len() / n;
     let gather = |i: usize, start: usize, row: &mut [f32]| T::widen(&x[i * k + start..][..row.len()], row);
-    let rows = Rows::new(tokens, k, |i, start, row| gather(first + i, start, row));
+    let few = few::are(tokens, k);
+    let inputs = Inputs::new(few, tokens, k, |i, start, row| gather(first + i, start, row));
     let branches = extras.adapters.iter().enumerate().filter(|(_, adapter)| adapter.rank > 0);
     let branches = branches.filter_map(|(a, adapter)| {
-        let tokens = extras.tokens_of(a, first..first + tokens);
-        if tokens.is_empty() {
+        let own = extras.tokens_of(a, first..first + tokens);
+        if own.is_empty() {
             return None;
         }
-        let dropped = extras.dropout.map(|dropout| {
-            Rows::new(tokens.len(), k, |i, start, row| {
-                gather(tokens[i], start, row);
-                dropout.mask_from(tokens[i], start, 0.0, row);
+        let masked = (extras.dropout.is_some() || own.len() < tokens).then(|| {
+            Inputs::new(few::are(own.len(), k), own.len(), k, |i, start, row| {
+                gather(own[i], start, row);
+                if let Some(dropout) = extras.dropout {
+                    dropout.mask_from(own[i], start, 0.0, row);
+                }
             })
         });
-        let own: Vec<usize> = tokens.iter().map(|i| i - first).collect();
-        let all: Vec<usize> = (0..tokens.len()).collect();
-        let x = match &dropped {
-            Some(dropped) => Tokens { rows: dropped, numbers: &all },
-            None => Tokens { rows: &rows, numbers: &own },
-        };
-        let shrunk = dots(level, x, [adapter.rank, k], &Dense(adapter.lora_a), &());
+        let lora_a = Weight::Dense { data: adapter.lora_a, n: adapter.rank, k };
+        let shrunk = dots::<A, A>(
+            level,
+            masked.as_ref().unwrap_or(&inputs),
+            own.len(),
+            (&lora_a, [adapter.rank, k]),
+            &[],
+        );
         let scaling = branch_scale(adapter, extras.dropout.as_ref());
-        let v = Rows::new(tokens.len(), adapter.rank, |i, start, row| {
-            let sums = shrunk.iter().skip(start * tokens.len() + i).step_by(tokens.len());
+        let own: Vec<usize> = own.iter().map(|i| i - first).collect();
+        let write = |i: usize, start: usize, row: &mut [f32]| {
+            let sums = shrunk.iter().skip(start * own.len() + i).step_by(own.len());
             row.iter_mut().zip(sums).for_each(|(v, sum)| *v = scaling * sum);
-        });
+        };
+        let v = if few {
+            Inputs::new(few, own.len(), adapter.rank, write)
+        } else {
+            Inputs::new(few, tokens, adapter.rank, |i, start, row| match own.binary_search(&i) {
+                Ok(i) => write(i, start, row),
+                Err(_) => row.fill(0.0),
+            })
+        };
         Some(Branch { adapter, tokens: own, v })
     });
-    let branches = Branches { tokens, branches: branches.collect() };
-    let numbers: Vec<usize> = (0..tokens).collect();
-    let sums = dots(level, Tokens { rows: &rows, numbers: &numbers }, [n, k], weight, &branches);
-    y.par_chunks_mut(n).enumerate().for_each(|(i, y)| {
-        let sums = sums.iter().skip(i).step_by(tokens).enumerate();
-        for (y, (n, sum)) in y.iter_mut().zip(sums) {
-            let scaled = extras.row_scale.map_or(*sum, |row_scale| row_scale[n] * sum);
-            *y = T::from_f32(extras.bias.map_or(scaled, |bias| scaled + bias[n].to_f32()));
+    let branches: Vec<_> = branches.collect();
+    let sums = dots(level, &inputs, tokens, (weight, [n, k]), &branches);
+    let written = y.par_chunks_mut(WRITTEN * n).enumerate();
+    written.for_each(|(i, y)| {
+        for (n_, sums) in sums.chunks_exact(tokens).enumerate() {
+            for (sum, y) in sums[i * WRITTEN..].iter().zip(y.chunks_exact_mut(n)) {
+                let scaled = extras.row_scale.map_or(*sum, |row_scale| row_scale[n_] * sum);
+                y[n_] = T::from_f32(extras.bias.map_or(scaled, |bias| scaled + bias[n_].to_f32()));
+            }
         }
     });
 }
 
-/// The low-rank branches of a pass.
-struct Branches<'a, A> {
-    /// Of the pass.
-    tokens: usize,
-    branches: Vec<Branch<'a, A>>,
+/// The tokens of a product, as they are multiplied.
+enum Inputs {
+    Few(Rows),
+    Many(Columns),
 }
 
-/// `v Bᵀ` of one adapter's tokens.
+impl Inputs {
+    /// `fill` writes values of a token from some place on.
+    fn new(few: bool, tokens: usize, len: usize, fill: impl Fn(usize, usize, &mut [f32]) + Sync) -> Self {
+        match few {
+            true => Inputs::Few(Rows::new(tokens, len, |i, row| fill(i, 0, row))),
+            false => Inputs::Many(Columns::new(tokens, len, fill)),
+        }
+    }
+}
+
+/// `v Bᵀ` of the tokens that have an adapter.
 struct Branch<'a, A> {
     adapter: &'a LowRank<'a, A>,
     /// Which of the pass these are.
     tokens: Vec<usize>,
-    /// `scaling · x Aᵀ`.
-    v: Rows,
+    /// `scaling · x Aᵀ`: of few tokens these only, else of all tokens, with zeros in the place of others.
+    v: Inputs,
 }
 
-impl<A: Element> Further for Branches<'_, A> {
-    #[inline(always)]
-    fn add<S: Simd>(&self, simd: S, rows: Range<usize>, lanes: &mut [Vector]) {
-        let mut row = Vec::new();
-        for Branch { adapter, tokens, v } in &self.branches {
-            row.resize(adapter.rank.div_ceil(LANES), Vector::ZERO);
-            for (n, lanes) in rows.clone().zip(lanes.chunks_exact_mut(self.tokens)) {
-                let lora_b = &adapter.lora_b[n * adapter.rank..][..adapter.rank];
-                let floats: &mut [f32] = bytemuck::cast_slice_mut(&mut row);
-                A::widen(lora_b, &mut floats[..adapter.rank]);
-                floats[adapter.rank..].fill(0.0);
-                for (i, &token) in tokens.iter().enumerate() {
-                    let mut sum = simd.load(&lanes[token]);
-                    for (part, b) in row.chunks(DEPTH).enumerate() {
-                        for (b, v) in b.iter().zip(v.part(part, i)) {
-                            sum = simd.mul_add(simd.load(b), simd.load(v), sum);
-                        }
-                    }
-                    lanes[token] = simd.store(sum);
-                }
-            }
-        }
-    }
+/// The sums of a weight's rows with the tokens, `[n, tokens]`, and of what `branches`, with tokens in the same form, add to them.
+fn dots<T: Element, A: Element>(
+    level: Level,
+    x: &Inputs,
+    tokens: usize,
+    (weight, [n, k]): (&Weight<'_, T>, [usize; 2]),
+    branches: &[Branch<'_, A>],
+) -> Vec<f32> {
+    let mut sums = vec![0.0; n * tokens];
+    // Some tasks for each thread.
+    let rows = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(HEIGHT).clamp(HEIGHT, ROWS);
+    let tasks = sums.par_chunks_mut((rows * tokens).max(1)).enumerate();
+    tasks.for_each_init(<(few::Scratch, many::Scratch)>::default, |(few, many), (i, sums)| {
+        let rows = i * rows..i * rows + sums.len() / tokens;
+        with_level!(level, simd => match x {
+            Inputs::Few(x) => few::dots(simd, weight, (rows, k), x, branches, few, sums),
+            Inputs::Many(x) => many::dots(simd, weight, (rows, k), x, branches, many, sums),
+        });
+    });
+    sums
 }
 
-/// A matrix of elements.
-struct Dense<'a, A>(&'a [A]);
-
-impl<A: Element> Matrix for Dense<'_, A> {
-    type Element = A;
-
-    fn blocks(&self) -> Option<&Nf4Matrix> {
-        None
-    }
-
-    #[inline(always)]
-    fn read<S: Simd>(&self, _: S, start: usize, elements: &mut [f32]) {
-        A::widen(&self.0[start..start + elements.len()], elements);
-    }
-}
-
-impl<T: Element> Matrix for Weight<'_, T> {
-    type Element = T;
-
-    fn blocks(&self) -> Option<&Nf4Matrix> {
-        match self {
-            Weight::Dense { .. } => None,
-            Weight::Nf4(nf4) => Some(nf4),
-        }
-    }
-
-    #[inline(always)]
-    fn read<S: Simd>(&self, simd: S, start: usize, elements: &mut [f32]) {
-        match self {
-            Weight::Dense { data, .. } => T::widen(&data[start..start + elements.len()], elements),
-            Weight::Nf4(nf4) => simd.run(
-                #[inline(always)]
-                || nf4.decode_widened_by::<_, T>(simd, start, elements),
-            ),
-        }
+/// Writes elements of a weight from a flat index on, widened. To be inlined into what `simd` runs.
+#[inline(always)]
+fn read<S: Simd, T: Element>(simd: S, weight: &Weight<'_, T>, start: usize, elements: &mut [f32]) {
+    match weight {
+        Weight::Dense { data, .. } => T::widen(&data[start..start + elements.len()], elements),
+        Weight::Nf4(nf4) => nf4.decode_widened_by::<_, T>(simd, start, elements),
     }
 }
 
@@ -201,7 +199,7 @@ mod tests {
     use super::*;
     use crate::DType;
     use crate::cpu::truth;
-    use crate::nf4::{Codebook, Nesting};
+    use crate::nf4::{Codebook, Nesting, Nf4Matrix};
 
     /// Numbers in [-1, 1), by place.
     fn values<T: Element>(count: usize, seed: usize) -> Vec<T> {
