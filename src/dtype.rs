@@ -39,6 +39,15 @@ impl DType {
         }
     }
 
+    /// The largest finite value.
+    pub const fn largest(self) -> f64 {
+        match self {
+            DType::F32 => f32::MAX as f64,
+            DType::F16 => 65504.0,
+            DType::BF16 => 255.0 * (1u128 << 120) as f64,
+        }
+    }
+
     /// The suffix of kernel entries and of our own messages: `f32`, `f16`, `bf16`.
     pub const fn name(self) -> &'static str {
         match self {

@@ -24,7 +24,25 @@ pub enum Data {
     BF16(Vec<bf16>),
 }
 
-/// The elements of a [`Tensor`], to be changed in place.
+/// A dense row-major tensor in memory that somebody else owns: of an engine, or of a mapped file.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TensorView<'a> {
+    shape: &'a [usize],
+    data: DataRef<'a>,
+}
+
+/// The elements of a [`TensorView`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DataRef<'a> {
+    /// f32 elements.
+    F32(&'a [f32]),
+    /// f16 elements.
+    F16(&'a [f16]),
+    /// bf16 elements.
+    BF16(&'a [bf16]),
+}
+
+/// Elements of a [`Tensor`], or of somebody else's memory, to be changed in place.
 #[derive(Debug, PartialEq)]
 pub enum DataMut<'a> {
     /// f32 elements.
@@ -35,18 +53,110 @@ pub enum DataMut<'a> {
     BF16(&'a mut [bf16]),
 }
 
-/// Runs `$body` with `$slice` bound to the typed elements.
+/// Runs `$body` with `$slice` bound to the typed elements of a [`Data`], or of the other enum that is named.
 macro_rules! each_dtype {
-    ($data:expr, $slice:ident => $body:expr) => {
+    ($kind:ident: $data:expr, $slice:ident => $body:expr) => {
         match $data {
-            $crate::tensor::Data::F32($slice) => $body,
-            $crate::tensor::Data::F16($slice) => $body,
-            $crate::tensor::Data::BF16($slice) => $body,
+            $crate::tensor::$kind::F32($slice) => $body,
+            $crate::tensor::$kind::F16($slice) => $body,
+            $crate::tensor::$kind::BF16($slice) => $body,
         }
+    };
+    ($data:expr, $slice:ident => $body:expr) => {
+        $crate::tensor::each_dtype!(Data: $data, $slice => $body)
     };
 }
 
 pub(crate) use each_dtype;
+
+macro_rules! from_slices {
+    ($($type:ty, $dtype:ident;)*) => {$(
+        impl<'a> From<&'a [$type]> for DataRef<'a> {
+            fn from(elements: &'a [$type]) -> Self {
+                DataRef::$dtype(elements)
+            }
+        }
+
+        impl<'a> From<&'a mut [$type]> for DataMut<'a> {
+            fn from(elements: &'a mut [$type]) -> Self {
+                DataMut::$dtype(elements)
+            }
+        }
+    )*};
+}
+
+from_slices! {
+    f32, F32;
+    f16, F16;
+    bf16, BF16;
+}
+
+impl<'a> From<&'a mut Tensor> for DataMut<'a> {
+    fn from(tensor: &'a mut Tensor) -> Self {
+        tensor.data_mut()
+    }
+}
+
+impl<'a> DataRef<'a> {
+    pub(crate) fn of<T: Element>(elements: &'a [T]) -> Self {
+        match T::DTYPE {
+            DType::F32 => DataRef::F32(bytemuck::cast_slice(elements)),
+            DType::F16 => DataRef::F16(bytemuck::cast_slice(elements)),
+            DType::BF16 => DataRef::BF16(bytemuck::cast_slice(elements)),
+        }
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// Takes `data` as a tensor of `shape`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the shape's product is not the number of elements (or overflows).
+    pub fn new(shape: &'a [usize], data: impl Into<DataRef<'a>>) -> Result<Self> {
+        let data = data.into();
+        check_count(shape, each_dtype!(DataRef: data, v => v.len()))?;
+        Ok(Self { shape, data })
+    }
+
+    /// Sizes of the dimensions, slowest first.
+    pub fn shape(&self) -> &'a [usize] {
+        self.shape
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        match self.data {
+            DataRef::F32(_) => DType::F32,
+            DataRef::F16(_) => DType::F16,
+            DataRef::BF16(_) => DType::BF16,
+        }
+    }
+
+    /// The elements, row-major.
+    pub fn data(&self) -> DataRef<'a> {
+        self.data
+    }
+
+    /// The elements as `T`, when that is their type.
+    pub fn as_slice<T: Element>(&self) -> Option<&'a [T]> {
+        (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(self.as_bytes()))
+    }
+
+    /// The elements as little-endian bytes.
+    pub fn as_bytes(&self) -> &'a [u8] {
+        each_dtype!(DataRef: self.data, v => bytemuck::cast_slice(v))
+    }
+
+    /// The elements widened to f32, exactly.
+    pub fn to_f32(&self) -> Vec<f32> {
+        each_dtype!(DataRef: self.data, v => v.iter().map(|e| e.to_f32()).collect())
+    }
+
+    /// The elements widened to f64, exactly.
+    pub fn to_f64(&self) -> Vec<f64> {
+        each_dtype!(DataRef: self.data, v => v.iter().map(|e| e.to_f64()).collect())
+    }
+}
 
 impl Data {
     /// The type of the elements.
@@ -85,10 +195,18 @@ impl Tensor {
     /// [`Error::Argument`] when the shape's product is not the number of elements (or overflows).
     pub fn new(shape: impl Into<Vec<usize>>, data: Data) -> Result<Self> {
         let shape = shape.into();
-        match numel(&shape) {
-            Some(n) if n == data.len() => Ok(Self { shape, data }),
-            _ => Err(Error::argument("data", format!("the elements of shape {shape:?}"), data.len())),
-        }
+        check_count(&shape, data.len())?;
+        Ok(Self { shape, data })
+    }
+
+    /// The same without a copy.
+    pub fn view(&self) -> TensorView<'_> {
+        let data = match &self.data {
+            Data::F32(v) => DataRef::F32(v),
+            Data::F16(v) => DataRef::F16(v),
+            Data::BF16(v) => DataRef::BF16(v),
+        };
+        TensorView { shape: &self.shape, data }
     }
 
     /// Rounds f32 values to `dtype`.
@@ -153,22 +271,30 @@ impl Tensor {
 
     /// The elements as `T`, when that is their type.
     pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
-        (T::DTYPE == self.dtype()).then(|| bytemuck::cast_slice(self.as_bytes()))
+        self.view().as_slice()
     }
 
     /// The elements as little-endian bytes.
     pub fn as_bytes(&self) -> &[u8] {
-        each_dtype!(&self.data, v => bytemuck::cast_slice(v))
+        self.view().as_bytes()
     }
 
     /// The elements widened to f32, exactly.
     pub fn to_f32(&self) -> Vec<f32> {
-        each_dtype!(&self.data, v => v.iter().map(|e| e.to_f32()).collect())
+        self.view().to_f32()
     }
 
     /// The elements widened to f64, exactly.
     pub fn to_f64(&self) -> Vec<f64> {
-        each_dtype!(&self.data, v => v.iter().map(|e| e.to_f64()).collect())
+        self.view().to_f64()
+    }
+}
+
+/// Checks that there are as many elements as a shape has.
+fn check_count(shape: &[usize], count: usize) -> Result<()> {
+    match numel(shape) {
+        Some(n) if n == count => Ok(()),
+        _ => Err(Error::argument("data", format!("the elements of shape {shape:?}"), count)),
     }
 }
 

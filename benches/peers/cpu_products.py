@@ -10,7 +10,8 @@ that the last cache does not hold them.
 
 * product: `x Wᵀ` of M tokens. Ours and bitsandbytes' (`matmul_4bit`) take W in NF4 with blocks of 64; torch's `linear` takes it dense in
   the type of x. With an adapter of rank 16: ours in the same call; beside the others two more `linear`.
-* merge: a LoRA of rank 16 into a dense weight: torch's `W + s B A`, as PEFT merges; ours reports what the merge has kept, besides.
+* merge: a LoRA of rank 16 into a dense weight, in place: torch's `W.add_(B A, alpha=s)`, as PEFT merges, and `W.addmm_`, which makes no delta. Ours is asked
+  for no report, and looks whether all stays finite before it writes.
 * merge into NF4: as PEFT does it with bitsandbytes, `quantize_4bit(dequantize_4bit(W) + s B A)`; ours reports, besides.
 * quantise, dequantise: `quantize_4bit` and `dequantize_4bit`, blocks of 64, scales in f32.
 """
@@ -92,11 +93,10 @@ class Ours:
         lora_a, lora_b = adapter
         return (Adapter * 1)(Adapter(lora_a.data_ptr(), lora_b.data_ptr(), None, RANK, SCALING))
 
-    def merge(self, adapter):
-        merged = torch.empty_like(self.dense)
-        weight = Weight(self.n, self.k, self.dense.data_ptr(), None)
-        lk("lk_merge", c.byref(weight), self.code, self.adapters(adapter), size(1), self.code, self.code, address(merged), None)
-        return merged
+    def merge(self, dense, adapter):
+        weight = Weight(self.n, self.k, dense.data_ptr(), None)
+        lk("lk_merge", c.byref(weight), self.code, self.adapters(adapter), size(1), self.code, self.code, address(dense), None)
+        return dense
 
     def merge_nf4(self, adapter):
         merged = c.c_void_p()
@@ -162,8 +162,15 @@ def run(n, k, dtype):
         with_branch = {"bitsandbytes": (lambda w: branch(four(w)), theirs), "torch, dense": (lambda w: branch(plain(w)), dense)}  # noqa: B023
         record("product with LoRA", n, k, dtype, measure({"ours": (lambda w: w.product(x, adapter), ours), **peers(with_branch)}), m)  # noqa: B023
     delta = lambda: (lora_b @ lora_a) * SCALING  # noqa: E731
-    close(ours[0].merge(adapter), first + delta(), share)
-    record("merge", n, k, dtype, measure({"ours": (lambda w: w.merge(adapter), ours), **peers({"torch": (lambda w: w + delta(), dense)})}))
+    close(ours[0].merge(first.clone(), adapter), first + delta(), share)
+    # In place, again and again: adapters that are too small to let weights grow.
+    tiny, places = tuple(factor * 1e-3 for factor in adapter), [w.clone() for w in dense]
+    torch_merges = {
+        "torch": (lambda w: w.add_(tiny[1] @ tiny[0], alpha=SCALING), places),
+        "torch, addmm_": (lambda w: w.addmm_(tiny[1], tiny[0], alpha=SCALING), places),
+    }
+    record("merge", n, k, dtype, measure({"ours": (lambda w: ours[0].merge(w, tiny), places), **peers(torch_merges)}))
+    del places
     requantise = lambda w: bnbf.quantize_4bit(bnbf.dequantize_4bit(*w) + delta(), blocksize=BLOCKSIZE, quant_type="nf4")  # noqa: E731
     record("merge into NF4", n, k, dtype, measure({"ours": (lambda w: w.merge_nf4(adapter), ours), **peers({"bitsandbytes": (requantise, theirs)})}))
     quantise = lambda w: bnbf.quantize_4bit(w, blocksize=BLOCKSIZE, quant_type="nf4")  # noqa: E731

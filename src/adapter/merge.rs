@@ -3,10 +3,13 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::product::{Product, STRIP};
 use super::requantize::Requantize;
-use super::update::{Sides, Update, panel_len};
+use super::update::{Update, panel_len};
 use super::{Base, MergeReport, Stack, check_shape};
-use crate::nf4::Nf4Matrix;
+use crate::nf4::{Nf4Matrix, check_len};
+use crate::simd::with_level;
+use crate::tensor::{DataMut, DataRef, TensorView, each_dtype};
 use crate::{DType, Element, Error, Result, Tensor};
 
 /// What [`Stack::merge`] gives.
@@ -44,8 +47,8 @@ impl Target for Requantize {
 
 /// How a target is reached. Not exported: there are no other targets.
 pub trait Pass<W> {
-    fn merge(self, change: &Change<'_>) -> Result<Merged<W>>;
-    fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<W>>;
+    fn merge(self, weight: Base<'_>, change: &Change<'_>) -> Result<Merged<W>>;
+    fn unmerge(self, merged: Base<'_>, change: &Change<'_>) -> Result<Unmerged<W>>;
 }
 
 impl Stack {
@@ -65,7 +68,9 @@ impl Stack {
     /// not finite (the adapter or the weight holds an infinity or a NaN, or the sum overflows the type).
     /// [`Error::AdapterLost`], with the report, when too little would be left of the adapters.
     pub fn merge<'a, T: Target>(&self, weight: impl Into<Base<'a>>, target: T) -> Result<Merged<T::Weight>> {
-        target.merge(&Change::new("weight", self, weight.into())?)
+        let weight = weight.into();
+        weight.check_shape("weight", self.weight_shape())?;
+        target.merge(weight, &Change::new("weight", self))
     }
 
     /// `W = (W' - B' A') / row_scale`: PEFT's unmerge, with the row scale as it was when the stack was made.
@@ -81,7 +86,74 @@ impl Stack {
         merged: impl Into<Base<'a>>,
         target: T,
     ) -> Result<Unmerged<T::Weight>> {
-        target.unmerge(&Change::new("merged", self, merged.into())?)
+        let merged = merged.into();
+        merged.check_shape("merged", self.weight_shape())?;
+        target.unmerge(merged, &Change::new("merged", self))
+    }
+
+    /// [`Stack::merge`] without memory of its own: into the caller's, of the shape of the weight. The bits are the same.
+    ///
+    /// The `report` is made where one is given, which costs time.
+    ///
+    /// # Errors
+    /// As [`Stack::merge`], or when `merged` has another length. Nothing is written then.
+    pub fn merge_into<'a, 'b>(
+        &self,
+        weight: impl Into<Base<'a>>,
+        merged: impl Into<DataMut<'b>>,
+        report: Option<&mut MergeReport>,
+    ) -> Result<()> {
+        let (weight, change) = (weight.into(), Change::new("weight", self));
+        weight.check_shape("weight", self.weight_shape())?;
+        each_dtype!(DataMut: merged.into(), merged => {
+            change.write(Direction::Merge, Some(weight), ("merged", merged), report)
+        })
+    }
+
+    /// [`Stack::merge`] in place: into the memory of a dense weight. The bits are the same.
+    ///
+    /// The original is gone with it: where it may be wanted back, to the bit or after a look at what is left of the adapters, keep it,
+    /// or make an [`Undo`](super::Undo) of both. The `report` is made where one is given, which costs time.
+    ///
+    /// # Errors
+    /// As [`Stack::merge`], or when `weight` has another length. Nothing is written then: magnitudes are read first, and where they
+    /// do not tell that all will be finite, the merge is tried out.
+    pub fn merge_in_place<'a>(
+        &self,
+        weight: impl Into<DataMut<'a>>,
+        report: Option<&mut MergeReport>,
+    ) -> Result<()> {
+        let change = Change::new("weight", self);
+        each_dtype!(DataMut: weight.into(), weight => {
+            change.write(Direction::Merge, None, ("weight", weight), report)
+        })
+    }
+
+    /// [`Stack::unmerge`] into the caller's memory, without a count of what is undetermined. The bits are the same.
+    ///
+    /// # Errors
+    /// As [`Stack::unmerge`], or when `weight` has another length. Nothing is written then.
+    pub fn unmerge_into<'a, 'b>(
+        &self,
+        merged: impl Into<Base<'a>>,
+        weight: impl Into<DataMut<'b>>,
+    ) -> Result<()> {
+        let (merged, change) = (merged.into(), Change::new("merged", self));
+        merged.check_shape("merged", self.weight_shape())?;
+        each_dtype!(DataMut: weight.into(), weight => {
+            change.write(Direction::Unmerge, Some(merged), ("weight", weight), None)
+        })
+    }
+
+    /// [`Stack::unmerge`] in place, without a count of what is undetermined. The bits are the same.
+    ///
+    /// # Errors
+    /// As [`Stack::unmerge`], or when `merged` has another length. Nothing is written then.
+    pub fn unmerge_in_place<'a>(&self, merged: impl Into<DataMut<'a>>) -> Result<()> {
+        let change = Change::new("merged", self);
+        each_dtype!(DataMut: merged.into(), merged => {
+            change.write(Direction::Unmerge, None, ("merged", merged), None)
+        })
     }
 
     /// The merged weight's bias: `bias + Σ scaling * lora_bias`, in `dtype`. None when there is neither.
@@ -129,19 +201,19 @@ impl Stack {
 }
 
 impl Pass<Tensor> for DType {
-    fn merge(self, change: &Change<'_>) -> Result<Merged<Tensor>> {
+    fn merge(self, weight: Base<'_>, change: &Change<'_>) -> Result<Merged<Tensor>> {
         match self {
-            DType::F32 => change.merge_dense::<f32>(),
-            DType::F16 => change.merge_dense::<f16>(),
-            DType::BF16 => change.merge_dense::<bf16>(),
+            DType::F32 => change.merge::<f32>(weight),
+            DType::F16 => change.merge::<f16>(weight),
+            DType::BF16 => change.merge::<bf16>(weight),
         }
     }
 
-    fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<Tensor>> {
+    fn unmerge(self, merged: Base<'_>, change: &Change<'_>) -> Result<Unmerged<Tensor>> {
         match self {
-            DType::F32 => change.unmerge_dense::<f32>(),
-            DType::F16 => change.unmerge_dense::<f16>(),
-            DType::BF16 => change.unmerge_dense::<bf16>(),
+            DType::F32 => change.unmerge::<f32>(merged),
+            DType::F16 => change.unmerge::<f16>(merged),
+            DType::BF16 => change.unmerge::<bf16>(merged),
         }
     }
 }
@@ -149,9 +221,8 @@ impl Pass<Tensor> for DType {
 /// A stack in f32, on the way into a weight or out of it.
 pub struct Change<'a> {
     argument: &'static str,
-    pub(super) weight: Base<'a>,
     update: &'a Update,
-    sides: Sides<f32>,
+    product: Product,
     row_scale: Option<RowScale>,
 }
 
@@ -185,20 +256,27 @@ pub(super) struct Panel {
     pub sum: Vec<f32>,
 }
 
+/// A part of a row of a dense weight.
+struct Strip<'a, T> {
+    /// The first of the weight's elements.
+    first: usize,
+    /// Before, in f32.
+    weight: &'a [f32],
+    /// In a merge, the wanted delta; in an unmerge, `B' A'`.
+    delta: &'a [f32],
+    /// As it is stored.
+    out: &'a [T],
+    /// The same in f32.
+    stored: &'a [f32],
+}
+
 impl<'a> Change<'a> {
-    fn new(argument: &'static str, stack: &'a Stack, weight: Base<'a>) -> Result<Self> {
-        weight.check_shape(argument, stack.weight_shape())?;
+    fn new(argument: &'static str, stack: &'a Stack) -> Self {
         let row_scale = stack.row_scale.as_ref().map(|scale| RowScale {
             factor: scale.iter().map(|&v| v as f32).collect(),
             excess: scale.iter().map(|&v| (v - 1.0) as f32).collect(),
         });
-        Ok(Self {
-            argument,
-            weight,
-            update: &stack.update,
-            sides: stack.update.sides(|v| v as f32),
-            row_scale,
-        })
+        Self { argument, update: &stack.update, product: Product::new(&stack.update), row_scale }
     }
 
     /// Elements of a panel: whole rows, and whole blocks of `blocksize`.
@@ -211,45 +289,121 @@ impl<'a> Change<'a> {
     pub(super) fn runs(
         &self,
         direction: Direction,
+        weight: &Nf4Matrix,
         [start, len, run]: [usize; 3],
         panel: &mut Panel,
         mut each: impl FnMut(usize, &mut Panel) -> Result<()>,
     ) -> Result<()> {
         panel.product.resize(len, 0.0);
-        self.sides.product(start / self.update.shape()[1].max(1), &mut panel.product);
+        self.product.rows(start / self.update.shape()[1].max(1), &mut panel.product);
         for at in (0..len).step_by(run) {
             let (first, n) = (start + at, run.min(len - at));
-            let Panel { product, weight, delta, sum } = panel;
-            weight.resize(n, 0.0);
-            sum.resize(n, 0.0);
-            delta.clear();
-            delta.extend_from_slice(&product[at..at + n]);
-            self.weight.read(self.weight.dtype(), first, weight);
-            match direction {
-                Direction::Merge => {
-                    self.apply(first, weight, delta, sum);
-                    if let Some(RowScale { excess, .. }) = &self.row_scale {
-                        self.scale(first, excess, delta, |i, d, excess| d + weight[i] * excess);
-                    }
-                }
-                Direction::Unmerge => {
-                    sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = *w - *d);
-                    if let Some(RowScale { factor, .. }) = &self.row_scale {
-                        self.scale(first, factor, sum, |_, w, factor| w / factor);
-                    }
-                }
-            }
+            panel.weight.resize(n, 0.0);
+            panel.delta.clear();
+            panel.delta.extend_from_slice(&panel.product[at..at + n]);
+            panel.sum.resize(n, 0.0);
+            Base::Nf4(weight).read(weight.dtype(), first, &mut panel.weight);
+            let Panel { weight, delta, sum, .. } = panel;
+            vectorised(|| self.combine(direction, first, weight, delta, sum));
             each(first, panel)?;
         }
         Ok(())
     }
 
+    /// Merges or unmerges the whole rows of a dense weight from element `start` on, which are those of `source`, or what `out` has
+    /// before. With `LOOK` every strip of `out` is shown to `look`; its first error by place is given.
+    fn strips<T: Element, const LOOK: bool>(
+        &self,
+        direction: Direction,
+        source: Option<Base<'_>>,
+        (start, out): (usize, &mut [T]),
+        mut look: impl FnMut(&Strip<'_, T>) -> Result<()>,
+    ) -> Result<()> {
+        let [mut read, mut rounded] = [[0.0; STRIP]; 2];
+        let (mut error, mut error_at) = (Ok(()), usize::MAX);
+        let same = source.and_then(|source| match source {
+            Base::Dense(tensor) => tensor.as_slice::<f32>(),
+            Base::Nf4(_) => None,
+        });
+        let row = start / self.update.shape()[1].max(1);
+        with_level!(self.product.level, simd => {
+            self.product.strips(simd, row, out, #[inline(always)] |at, out, delta| {
+                let first = start + at;
+                if !LOOK && source.is_none() && self.row_scale.is_none() && T::DTYPE == DType::F32 {
+                    // Nothing has to be kept of what is there.
+                    let sum: &mut [f32] = bytemuck::cast_slice_mut(out);
+                    let sign = if direction == Direction::Merge { 1.0 } else { -1.0 };
+                    sum.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += sign * *delta);
+                    return;
+                }
+                let read = &mut read[..out.len()];
+                let weight = match (source, same) {
+                    (_, Some(elements)) => &elements[first..first + out.len()],
+                    (Some(source), None) => {
+                        source.read(source.dtype(), first, read);
+                        &*read
+                    }
+                    (None, None) => {
+                        T::widen(out, read);
+                        &*read
+                    }
+                };
+                let rounded = &mut rounded[..out.len()];
+                if T::DTYPE == DType::F32 {
+                    self.combine(direction, first, weight, delta, bytemuck::cast_slice_mut(out));
+                } else {
+                    self.combine(direction, first, weight, delta, rounded);
+                    T::round(rounded, out);
+                }
+                if LOOK {
+                    let stored = if T::DTYPE == DType::F32 {
+                        bytemuck::cast_slice(out)
+                    } else {
+                        T::widen(out, rounded);
+                        &*rounded
+                    };
+                    if let Err(e) = look(&Strip { first, weight, delta, out, stored })
+                        && first < error_at
+                    {
+                        (error, error_at) = (Err(e), first);
+                    }
+                }
+            });
+        });
+        error
+    }
+
+    /// What is to be stored of elements from `first` on: the `sum` of `weight` and `delta`. In a merge, `delta` is made the wanted one.
+    #[inline(always)]
+    fn combine(
+        &self,
+        direction: Direction,
+        first: usize,
+        weight: &[f32],
+        delta: &mut [f32],
+        sum: &mut [f32],
+    ) {
+        match direction {
+            Direction::Merge => {
+                self.apply(first, weight, delta, sum);
+                if let Some(RowScale { excess, .. }) = &self.row_scale {
+                    self.scale(first, excess, delta, |i, d, excess| d + weight[i] * excess);
+                }
+            }
+            Direction::Unmerge => {
+                sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = *w - *d);
+                if let Some(RowScale { factor, .. }) = &self.row_scale {
+                    self.scale(first, factor, sum, |_, w, factor| w / factor);
+                }
+            }
+        }
+    }
+
     /// `row_scale ⊙ W + B' A'`, of elements from `start` on.
+    #[inline(always)]
     fn apply(&self, start: usize, weight: &[f32], delta: &[f32], sum: &mut [f32]) {
         match &self.row_scale {
-            None => {
-                vectorised(|| sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = w + d))
-            }
+            None => sum.iter_mut().zip(weight).zip(delta).for_each(|((sum, w), d)| *sum = w + d),
             Some(RowScale { factor, .. }) => {
                 sum.copy_from_slice(weight);
                 self.scale(start, factor, sum, |i, w, factor| w * factor + delta[i]);
@@ -258,6 +412,7 @@ impl<'a> Change<'a> {
     }
 
     /// Makes each element from `start` on what `change` makes of its index, itself and its output's factor.
+    #[inline(always)]
     fn scale(
         &self,
         start: usize,
@@ -278,94 +433,150 @@ impl<'a> Change<'a> {
         }
     }
 
-    fn merge_dense<T: Element>(&self) -> Result<Merged<Tensor>> {
-        let (weight, reports) = self.dense::<T, _>(|start, out, panel, before| {
-            let mut report = MergeReport::default();
-            self.runs(Direction::Merge, [start, out.len(), RUN], panel, |first, panel| {
-                let out = &mut out[first - start..][..panel.sum.len()];
-                let same = match self.weight {
-                    Base::Dense(tensor) => tensor.as_slice().map(|all| &all[first..first + out.len()]),
-                    Base::Nf4(_) => None,
-                };
-                let before = same.unwrap_or_else(|| {
-                    before.resize(out.len(), T::from_bits(0));
-                    T::round(&panel.weight, before);
-                    before
-                });
-                vectorised(|| {
-                    T::round(&panel.sum, out);
-                    T::widen(out, &mut panel.sum);
-                    count_changes(before, out, &mut report);
-                });
-                report += panel.report();
-                self.check_finite(first, &panel.sum, T::DTYPE)
-            })?;
-            Ok(report)
-        })?;
-        Ok(Merged { weight, report: reports.into_iter().sum() })
+    fn merge<T: Element>(&self, weight: Base<'_>) -> Result<Merged<Tensor>> {
+        let (shape, mut out) = (self.update.shape(), self.zeros::<T>());
+        let report = self.pass(Direction::Merge, Some(weight), &mut out, [true, true])?;
+        Ok(Merged { weight: Tensor::new(shape, T::into_data(out))?, report })
     }
 
-    fn unmerge_dense<T: Element>(&self) -> Result<Unmerged<Tensor>> {
-        let (weight, undetermined) = self.dense::<T, _>(|start, out, panel, neighbours| {
+    /// Writes all elements, and says what they have kept if there has to be a `report`; `check` refuses those that are not finite.
+    fn pass<T: Element>(
+        &self,
+        direction: Direction,
+        source: Option<Base<'_>>,
+        out: &mut [T],
+        [report, check]: [bool; 2],
+    ) -> Result<MergeReport> {
+        let reports = self.panels(out, |start, out| {
+            if !report && !check {
+                self.strips::<T, false>(direction, source, (start, out), |_| Ok(()))?;
+                return Ok(MergeReport::default());
+            }
+            let (mut sums, mut before) = (MergeReport::default(), Vec::new());
+            self.strips::<T, true>(direction, source, (start, out), |strip| {
+                if report {
+                    before.resize(strip.out.len(), T::from_bits(0));
+                    T::round(strip.weight, &mut before);
+                    count_changes(&before, strip.out, &mut sums);
+                    sums += gains(strip.weight, strip.delta, strip.stored);
+                }
+                if check { self.check_finite(strip.first, strip.stored, T::DTYPE) } else { Ok(()) }
+            })?;
+            Ok(sums)
+        })?;
+        Ok(reports.into_iter().sum())
+    }
+
+    /// [`Change::pass`] into memory that somebody else owns: nothing is written unless all elements are finite.
+    fn write<T: Element>(
+        &self,
+        direction: Direction,
+        source: Option<Base<'_>>,
+        (argument, out): (&str, &mut [T]),
+        report: Option<&mut MergeReport>,
+    ) -> Result<()> {
+        let shape = self.update.shape();
+        check_len(argument, shape.iter().product(), "elements", out.len())?;
+        let weight = match source {
+            Some(weight) => weight,
+            None => Base::Dense(TensorView::new(&shape, DataRef::of(out))?),
+        };
+        if !self.stays_finite::<T>(direction, weight) {
+            self.try_out::<T>(direction, weight)?;
+        }
+        let sums = self.pass(direction, source, out, [report.is_some(), false])?;
+        if let Some(report) = report {
+            *report = sums;
+        }
+        Ok(())
+    }
+
+    /// Whether the largest magnitudes tell that all elements will be finite. Otherwise they may be, too.
+    fn stays_finite<T: Element>(&self, direction: Direction, weight: Base<'_>) -> bool {
+        let (dtype, weight, delta) = (weight.dtype(), f64::from(weight.largest()), self.product.bound());
+        let factors = || self.row_scale.iter().flat_map(|scale| &scale.factor).map(|v| f64::from(v.abs()));
+        let sum = match direction {
+            Direction::Merge => weight * factors().fold(1.0, f64::max) + delta,
+            Direction::Unmerge => (weight + delta) / factors().fold(1.0, f64::min),
+        };
+        // Roundings do not make twice as much of it. (4-bit weights have been rounded already, maybe to f16.)
+        let limit = T::DTYPE.largest().min(dtype.largest()) / 2.0;
+        weight <= limit && sum <= limit
+    }
+
+    /// Refuses elements that would not be finite.
+    fn try_out<T: Element>(&self, direction: Direction, weight: Base<'_>) -> Result<()> {
+        let (numel, len): (usize, _) = (self.update.shape().iter().product(), self.dense_len());
+        let panels: Vec<usize> = (0..numel).step_by(len).collect();
+        let check = |out: &mut Vec<T>, start: usize| {
+            out.resize(len.min(numel - start), T::from_bits(0));
+            self.strips::<T, true>(direction, Some(weight), (start, out), |strip| {
+                self.check_finite(strip.first, strip.stored, T::DTYPE)
+            })
+        };
+        let results: Vec<Result<()>> = panels.into_par_iter().map_init(Vec::new, check).collect();
+        results.into_iter().collect()
+    }
+
+    fn unmerge<T: Element>(&self, merged: Base<'_>) -> Result<Unmerged<Tensor>> {
+        let (shape, mut out) = (self.update.shape(), self.zeros::<T>());
+        let undetermined = self.panels(&mut out, |start, out| {
             let mut undetermined = 0;
-            self.runs(Direction::Unmerge, [start, out.len(), RUN], panel, |first, panel| {
-                let out = &mut out[first - start..][..panel.sum.len()];
-                T::round(&panel.sum, out);
-                T::widen(out, &mut panel.sum);
-                self.check_finite(first, &panel.sum, T::DTYPE)?;
-                undetermined += self.undetermined(first, out, panel, neighbours);
+            self.strips::<T, true>(Direction::Unmerge, Some(merged), (start, out), |strip| {
+                self.check_finite(strip.first, strip.stored, T::DTYPE)?;
+                undetermined += self.undetermined(merged, strip);
                 Ok(())
             })?;
             Ok(undetermined)
         })?;
-        Ok(Unmerged { weight, undetermined: undetermined.into_iter().sum() })
+        let undetermined = undetermined.into_iter().sum();
+        Ok(Unmerged { weight: Tensor::new(shape, T::into_data(out))?, undetermined })
     }
 
     /// How many unmerged elements do not merge to what is in the panel's weight, or have a neighbour that does as well.
-    fn undetermined<T: Element>(
-        &self,
-        start: usize,
-        unmerged: &[T],
-        Panel { weight, delta, sum, .. }: &mut Panel,
-        neighbours: &mut Vec<T>,
-    ) -> u64 {
-        let Base::Dense(merged) = self.weight else { return unmerged.len() as u64 };
-        let mut widened = vec![0.0; unmerged.len()];
-        let mut doubtful = vec![false; unmerged.len()];
+    fn undetermined<T: Element>(&self, merged: Base<'_>, strip: &Strip<'_, T>) -> u64 {
+        let Base::Dense(merged) = merged else { return strip.out.len() as u64 };
+        let len = strip.out.len();
+        let (mut neighbours, mut doubtful) = (vec![T::from_bits(0); len], vec![false; len]);
+        let [mut widened, mut again] = [vec![0.0; len], vec![0.0; len]];
         for step in [-1, 0, 1] {
-            neighbours.clear();
-            neighbours.extend(unmerged.iter().map(|v| T::from_order(v.order().saturating_add(step))));
-            T::widen(neighbours, &mut widened);
-            self.apply(start, &widened, delta, sum);
-            round_to(merged.dtype(), sum);
-            for ((doubtful, merged), again) in doubtful.iter_mut().zip(&*weight).zip(&*sum) {
+            let shifted = strip.out.iter().map(|v| T::from_order(v.order().saturating_add(step)));
+            neighbours.iter_mut().zip(shifted).for_each(|(to, v)| *to = v);
+            T::widen(&neighbours, &mut widened);
+            vectorised(|| self.apply(strip.first, &widened, strip.delta, &mut again));
+            round_to(merged.dtype(), &mut again);
+            for ((doubtful, merged), again) in doubtful.iter_mut().zip(strip.weight).zip(&again) {
                 *doubtful |= (merged == again) != (step == 0);
             }
         }
         doubtful.into_iter().map(u64::from).sum()
     }
 
-    /// Has `pass` write all elements of a dense weight: it is given where a panel begins, the panel, and scratch. Returns
+    fn zeros<T: Element>(&self) -> Vec<T> {
+        bytemuck::zeroed_vec(self.update.shape().iter().product())
+    }
+
+    /// Elements of a panel of a dense weight: whole rows, enough of them to read the factors' columns once for many.
+    fn dense_len(&self) -> usize {
+        (self.update.panel_rows(32) * self.update.shape()[1]).max(1)
+    }
+
+    /// Has `pass` write all elements of a dense weight: it is given where a panel begins, and the panel. Returns
     /// what it says of each panel, in order, or the error of the first panel that has one.
-    fn dense<T: Element, R: Send>(
+    fn panels<T: Element, R: Send>(
         &self,
-        pass: impl Fn(usize, &mut [T], &mut Panel, &mut Vec<T>) -> Result<R> + Sync,
-    ) -> Result<(Tensor, Vec<R>)> {
-        let [rows, columns] = self.update.shape();
-        let len = self.panel_len(1);
-        let mut out = bytemuck::zeroed_vec::<T>(rows * columns);
-        let results: Vec<Result<R>> = out
-            .par_chunks_mut(len)
-            .enumerate()
-            .map_init(Default::default, |(panel, scratch), (i, out)| pass(i * len, out, panel, scratch))
-            .collect();
-        let results = results.into_iter().collect::<Result<_>>()?;
-        Ok((Tensor::new([rows, columns], T::into_data(out))?, results))
+        out: &mut [T],
+        pass: impl Fn(usize, &mut [T]) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        let len = self.dense_len();
+        let panels = out.par_chunks_mut(len).enumerate();
+        let results: Vec<Result<R>> = panels.map(|(panel, out)| pass(panel * len, out)).collect();
+        results.into_iter().collect()
     }
 
     /// Refuses infinities and NaN in the elements from `start` on, which are to be stored as `dtype`.
     pub(super) fn check_finite(&self, start: usize, values: &[f32], dtype: DType) -> Result<()> {
-        let Some(i) = vectorised(|| not_finite(values)) else { return Ok(()) };
+        let Some(i) = not_finite(values) else { return Ok(()) };
         let (columns, element) = (self.update.shape()[1], start + i);
         let place = format!("{}[{}, {}], adapted", self.argument, element / columns, element % columns);
         Err(Error::argument(place, format!("a finite {dtype}"), values[i]))
@@ -375,19 +586,24 @@ impl<'a> Change<'a> {
 impl Panel {
     /// The report of a merge whose stored elements, widened, are in `sum` now; but for what is counted.
     pub fn report(&self) -> MergeReport {
-        let mut sums = Sums::default();
-        let (weight, weight_rest) = self.weight.as_chunks();
-        let (delta, delta_rest) = self.delta.as_chunks();
-        let (merged, merged_rest) = self.sum.as_chunks();
-        sums.add(weight, delta, merged);
-        if !weight_rest.is_empty() {
-            // Zeros add nothing.
-            let fill = |rest: &[f32]| std::array::from_fn(|lane| rest.get(lane).copied().unwrap_or_default());
-            sums.add_scalar(&fill(weight_rest), &fill(delta_rest), &fill(merged_rest));
-        }
-        let [weight, wanted, kept, error] = sums.0.map(|lanes| lanes.iter().sum());
-        MergeReport { weight, wanted, kept, error, elements: self.sum.len() as u64, ..Default::default() }
+        gains(&self.weight, &self.delta, &self.sum)
     }
+}
+
+/// The report of elements that are `merged` now, but for what is counted.
+fn gains(weight: &[f32], delta: &[f32], merged: &[f32]) -> MergeReport {
+    let mut sums = Sums::default();
+    let (weights, weight_rest) = weight.as_chunks();
+    let (deltas, delta_rest) = delta.as_chunks();
+    let (mergeds, merged_rest) = merged.as_chunks();
+    sums.add(weights, deltas, mergeds);
+    if !weight_rest.is_empty() {
+        // Zeros add nothing.
+        let fill = |rest: &[f32]| std::array::from_fn(|lane| rest.get(lane).copied().unwrap_or_default());
+        sums.add_scalar(&fill(weight_rest), &fill(delta_rest), &fill(merged_rest));
+    }
+    let [weight, wanted, kept, error] = sums.0.map(|lanes| lanes.iter().sum());
+    MergeReport { weight, wanted, kept, error, elements: merged.len() as u64, ..Default::default() }
 }
 
 /// `<W, W>`, `<D, D>`, `<R, D>` and `<R - D, R - D>`, in eight lanes each.

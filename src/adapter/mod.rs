@@ -41,6 +41,7 @@ mod extract;
 mod initial;
 mod lora;
 mod merge;
+mod product;
 mod ranks;
 mod reduce;
 mod remainder;

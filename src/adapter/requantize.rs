@@ -79,25 +79,25 @@ impl Requantize {
 }
 
 impl Pass<Nf4Matrix> for Requantize {
-    fn merge(self, change: &Change<'_>) -> Result<Merged<Nf4Matrix>> {
+    fn merge(self, weight: Base<'_>, change: &Change<'_>) -> Result<Merged<Nf4Matrix>> {
         if self.min_gain.is_nan() {
             return Err(Error::argument("target.min_gain", "a number", self.min_gain));
         }
         let quantizer = Quantizer {
             change,
             requantize: self,
-            weight: nf4("weight", change)?,
+            weight: nf4("weight", weight)?,
             direction: Direction::Merge,
         };
         let (weight, report) = quantizer.run()?;
         Ok(Merged { weight, report: report.require("weight", self.min_gain)? })
     }
 
-    fn unmerge(self, change: &Change<'_>) -> Result<Unmerged<Nf4Matrix>> {
+    fn unmerge(self, merged: Base<'_>, change: &Change<'_>) -> Result<Unmerged<Nf4Matrix>> {
         let quantizer = Quantizer {
             change,
             requantize: self,
-            weight: nf4("merged", change)?,
+            weight: nf4("merged", merged)?,
             direction: Direction::Unmerge,
         };
         let (weight, _) = quantizer.run()?;
@@ -105,8 +105,8 @@ impl Pass<Nf4Matrix> for Requantize {
     }
 }
 
-fn nf4<'a>(argument: &str, change: &Change<'a>) -> Result<&'a Nf4Matrix> {
-    match change.weight {
+fn nf4<'a>(argument: &str, weight: Base<'a>) -> Result<&'a Nf4Matrix> {
+    match weight {
         Base::Nf4(nf4) => Ok(nf4),
         Base::Dense(tensor) => {
             Err(Error::argument(argument, "a 4-bit weight, as the target is", tensor.dtype()))
@@ -163,7 +163,7 @@ impl Quantizer<'_> {
                 let (start, mut report) = (i * panel, MergeReport::default());
                 let whole = [start, panel.min(numel - start), self.run_len(panel)];
                 let Scratch { panel, ranks, stored } = scratch;
-                self.change.runs(self.direction, whole, panel, |first, panel| {
+                self.change.runs(self.direction, self.weight, whole, panel, |first, panel| {
                     self.change.check_finite(first, &panel.sum, DType::F32)?;
                     let (at, len) = (first - start, panel.sum.len());
                     let packed = &mut packed[at / 2..(at + len).div_ceil(2)];
@@ -197,7 +197,7 @@ impl Quantizer<'_> {
                 let start = i * panel;
                 let grid = Grid::new(self.weight.codebook());
                 let whole = [start, panel.min(numel - start), RUN];
-                self.change.runs(self.direction, whole, scratch, |first, panel| {
+                self.change.runs(self.direction, self.weight, whole, scratch, |first, panel| {
                     self.change.check_finite(first, &panel.sum, DType::F32)?;
                     let absmax = &mut absmax[(first - start) / blocksize..];
                     for (b, (block, absmax)) in panel.sum.chunks(blocksize).zip(absmax).enumerate() {

@@ -47,7 +47,10 @@ impl Update {
             }
         }
         let (rank, b) = (adapter.rank(), adapter.lora_b().to_f64());
-        update.b = (0..rank).flat_map(|r| b.iter().skip(r).step_by(rank)).copied().collect();
+        update.b = vec![0.0; b.len()];
+        for (n, row) in b.chunks(rank.max(1)).enumerate() {
+            row.iter().enumerate().for_each(|(r, &b)| update.b[r * update.outputs + n] = b);
+        }
         update
     }
 

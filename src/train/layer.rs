@@ -1,6 +1,7 @@
 use crate::adapter::{Adapter, Base};
 use crate::cpu::{self, Dropout, LoraGradient, LowRank, MatmulExtras, Weight, fast};
 use crate::nf4::check_len;
+use crate::tensor::TensorView;
 use crate::{Element, Error, Result, Tensor};
 
 use super::Gradient;
@@ -73,7 +74,7 @@ impl<'a> Layer<'a> {
     ) -> Result<Forward<T>> {
         self.check(adapter)?;
         let weight = self.weight::<T>()?;
-        let bias = self.bias.map(|bias| typed::<T>("bias", bias)).transpose()?;
+        let bias = self.bias.map(|bias| typed::<T>("bias", bias.view())).transpose()?;
         let (factors, len) = (Factors::of(adapter)?, self.n.saturating_mul(m));
         let adapters = [factors.low_rank()];
         let extras = MatmulExtras { adapters: &adapters, dropout, ..MatmulExtras::default() };
@@ -181,7 +182,7 @@ impl<'a> Layer<'a> {
     }
 }
 
-fn typed<'a, T: Element>(argument: &str, tensor: &'a Tensor) -> Result<&'a [T]> {
+fn typed<'a, T: Element>(argument: &str, tensor: TensorView<'a>) -> Result<&'a [T]> {
     let wrong = || Error::argument(argument, format!("{} as the activations", T::DTYPE), tensor.dtype());
     tensor.as_slice().ok_or_else(wrong)
 }

@@ -461,9 +461,13 @@ enum LkStatus lk_dora_scale(const struct LkWeight *weight,
  * Merges adapters, all at once and in their order, into a dense weight `[n, k]` of type `out_dtype`. A 4-bit weight is decoded to its
  * own type first.
  *
+ * In place where `merged` is `weight->dense`, which is possible where `out_dtype` is `dtype`. A report costs time; with NULL
+ * none is made.
+ *
  * # Safety
  * The arguments and what they point to are as their types say. A dense weight is of type `dtype`; `merged` takes
- * `weight.n * weight.k` elements; `report` takes an `LkMergeReport`, or is NULL.
+ * `weight.n * weight.k` elements, and overlaps nothing else but that it may be the weight; `report` takes an `LkMergeReport`, or is
+ * NULL.
  */
 enum LkStatus lk_merge(const struct LkWeight *weight,
                        LkDType dtype,
@@ -476,7 +480,7 @@ enum LkStatus lk_merge(const struct LkWeight *weight,
 
 /**
  * Takes adapters out of a dense weight of type `dtype`, up to what rounding lost: the inverse of `lk_merge`, for adapters without
- * a magnitude.
+ * a magnitude. In place where `weight` is `merged->dense`, as there.
  *
  * # Safety
  * As `lk_merge`, without a report.
@@ -691,9 +695,13 @@ enum LkStatus lk_dora_scale(const struct LkWeight *weight,
  * Merges adapters, all at once and in their order, into a dense weight `[n, k]` of type `out_dtype`. A 4-bit weight is decoded to its
  * own type first.
  *
+ * In place where `merged` is `weight->dense`, which is possible where `out_dtype` is `dtype`. A report costs time; with NULL
+ * none is made.
+ *
  * # Safety
  * The arguments and what they point to are as their types say. A dense weight is of type `dtype`; `merged` takes
- * `weight.n * weight.k` elements; `report` takes an `LkMergeReport`, or is NULL.
+ * `weight.n * weight.k` elements, and overlaps nothing else but that it may be the weight; `report` takes an `LkMergeReport`, or is
+ * NULL.
  */
 enum LkStatus lk_merge(const struct LkWeight *weight,
                        LkDType dtype,
@@ -706,7 +714,7 @@ enum LkStatus lk_merge(const struct LkWeight *weight,
 
 /**
  * Takes adapters out of a dense weight of type `dtype`, up to what rounding lost: the inverse of `lk_merge`, for adapters without
- * a magnitude.
+ * a magnitude. In place where `weight` is `merged->dense`, as there.
  *
  * # Safety
  * As `lk_merge`, without a report.

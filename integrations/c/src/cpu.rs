@@ -4,12 +4,12 @@ use std::ffi::c_void;
 use std::ptr;
 
 use half::{bf16, f16};
-use lora_kernels::adapter::{Adapter, Dora, Lora, MergeReport, Requantize, Stack};
+use lora_kernels::adapter::{Adapter, Base, Dora, Lora, MergeReport, Requantize, Stack};
 use lora_kernels::cpu::{self, LowRank, MatmulExtras};
 use lora_kernels::nf4::{Absmax, Codebook, NestedAbsmax, Nesting, Nf4Matrix, block_count, packed_len};
-use lora_kernels::{DType, Element, Error, Result, Tensor};
+use lora_kernels::{DType, Element, Error, Result};
 
-use crate::memory::{elements, out, reference, slice, slice_mut, tensor};
+use crate::memory::{elements, out, reference, slice, slice_mut, tensor, view};
 use crate::{LkDType, LkStatus, call, dtype, with_type};
 
 /// A 4-bit matrix in host memory. Opaque.
@@ -362,8 +362,9 @@ pub unsafe extern "C" fn lk_dora_scale(
             let weight = reference("weight", weight)?;
             let row_scale = slice_mut("row_scale", row_scale, weight.n)?;
             let adapters = slice("adapter", adapter, 1)?;
-            let stack = Stacked::new(weight, dtype, adapters, adapter_dtype)?;
-            let Some(scale) = stack.stack.row_scale() else {
+            let shape = [weight.n, weight.k];
+            let stack = stack(adapters, adapter_dtype, weight.base(dtype, &shape)?)?;
+            let Some(scale) = stack.row_scale() else {
                 return Err(Error::argument("adapter.magnitude", "a pointer", "NULL"));
             };
             row_scale.iter_mut().zip(scale).for_each(|(to, &scale)| *to = scale as f32);
@@ -375,9 +376,13 @@ pub unsafe extern "C" fn lk_dora_scale(
 /// Merges adapters, all at once and in their order, into a dense weight `[n, k]` of type `out_dtype`. A 4-bit weight is decoded to its
 /// own type first.
 ///
+/// In place where `merged` is `weight->dense`, which is possible where `out_dtype` is `dtype`. A report costs time; with NULL
+/// none is made.
+///
 /// # Safety
 /// The arguments and what they point to are as their types say. A dense weight is of type `dtype`; `merged` takes
-/// `weight.n * weight.k` elements; `report` takes an `LkMergeReport`, or is NULL.
+/// `weight.n * weight.k` elements, and overlaps nothing else but that it may be the weight; `report` takes an `LkMergeReport`, or is
+/// NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lk_merge(
     weight: *const LkWeight,
@@ -395,18 +400,28 @@ pub unsafe extern "C" fn lk_merge(
         unsafe {
             let weight = reference("weight", weight)?;
             let adapters = slice("adapters", adapters, adapter_count)?;
-            let stacked = Stacked::new(weight, dtype, adapters, adapter_dtype)?;
-            let result = stacked.stack.merge(stacked.base(), out_dtype)?;
-            let merged = slice_mut::<u8>("merged", merged.cast(), result.weight.as_bytes().len())?;
-            merged.copy_from_slice(result.weight.as_bytes());
-            put_report(report, &result.report);
+            let numel = elements("weight", &[weight.n, weight.k])?;
+            let in_place = weight.is_at("merged", merged, dtype, out_dtype)?;
+            let shape = [weight.n, weight.k];
+            let stack = stack(adapters, adapter_dtype, weight.base(dtype, &shape)?)?;
+            let mut sums = (!report.is_null()).then(MergeReport::default);
+            with_type!(out_dtype, T => {
+                let merged = slice_mut::<T>("merged", merged.cast(), numel)?;
+                match in_place {
+                    true => stack.merge_in_place(merged, sums.as_mut())?,
+                    false => stack.merge_into(weight.base(dtype, &shape)?, merged, sums.as_mut())?,
+                }
+            });
+            if let Some(sums) = sums {
+                put_report(report, &sums);
+            }
         }
         Ok(())
     })
 }
 
 /// Takes adapters out of a dense weight of type `dtype`, up to what rounding lost: the inverse of `lk_merge`, for adapters without
-/// a magnitude.
+/// a magnitude. In place where `weight` is `merged->dense`, as there.
 ///
 /// # Safety
 /// As `lk_merge`, without a report.
@@ -431,10 +446,17 @@ pub unsafe extern "C" fn lk_unmerge(
                 let argument = format!("adapters[{i}].magnitude");
                 return Err(Error::argument(argument, "NULL: DoRA cannot be unmerged here", "a pointer"));
             }
-            let stacked = Stacked::new(merged, dtype, adapters, adapter_dtype)?;
-            let result = stacked.stack.unmerge(stacked.base(), out_dtype)?;
-            let weight = slice_mut::<u8>("weight", weight.cast(), result.weight.as_bytes().len())?;
-            weight.copy_from_slice(result.weight.as_bytes());
+            let numel = elements("merged", &[merged.n, merged.k])?;
+            let in_place = merged.is_at("weight", weight, dtype, out_dtype)?;
+            let shape = [merged.n, merged.k];
+            let stack = stack(adapters, adapter_dtype, merged.base(dtype, &shape)?)?;
+            with_type!(out_dtype, T => {
+                let weight = slice_mut::<T>("weight", weight.cast(), numel)?;
+                match in_place {
+                    true => stack.unmerge_in_place(weight)?,
+                    false => stack.unmerge_into(merged.base(dtype, &shape)?, weight)?,
+                }
+            });
         }
         Ok(())
     })
@@ -461,9 +483,8 @@ pub unsafe extern "C" fn lk_nf4_merge(
             let matrix = &reference("nf4", nf4)?.0;
             let put = out("merged", merged)?;
             let adapters = slice("adapters", adapters, adapter_count)?;
-            let weight = LkWeight { n: matrix.shape()[0], k: matrix.shape()[1], dense: ptr::null(), nf4 };
-            let stacked = Stacked::new(&weight, crate::LK_F32, adapters, adapter_dtype)?;
-            let result = stacked.stack.merge(matrix, Requantize { min_gain, ..Requantize::default() })?;
+            let stack = stack(adapters, adapter_dtype, matrix.into())?;
+            let result = stack.merge(matrix, Requantize { min_gain, ..Requantize::default() })?;
             put_report(report, &result.report);
             put(boxed(result.weight));
         }
@@ -491,6 +512,35 @@ unsafe fn put_report(to: *mut LkMergeReport, report: &MergeReport) {
 
 impl LkWeight {
     /// # Safety
+    /// The weight is as its type says, for as long as the result is used; a dense one is of type `dtype`, and nobody writes it.
+    unsafe fn base<'a>(&self, dtype: LkDType, shape: &'a [usize; 2]) -> Result<Base<'a>> {
+        let dtype = crate::dtype("dtype", dtype)?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.nf4.is_null() {
+                true => Ok(view("weight.dense", self.dense, shape, dtype)?.into()),
+                false => Ok(self.nf4()?.into()),
+            }
+        }
+    }
+
+    /// Whether a result of type `out_dtype` goes where the dense weight is; it must not go beside it.
+    fn is_at(&self, argument: &str, out: *mut c_void, dtype: LkDType, out_dtype: DType) -> Result<bool> {
+        let (dtype, numel) = (crate::dtype("dtype", dtype)?, elements(argument, &[self.n, self.k])?);
+        let (weight, out) = (self.dense as usize, out as usize);
+        let apart = out.saturating_add(numel * out_dtype.size()) <= weight
+            || weight.saturating_add(numel * dtype.size()) <= out;
+        match apart || !self.nf4.is_null() || numel == 0 {
+            true => Ok(false),
+            false if weight == out && dtype == out_dtype => Ok(true),
+            false => {
+                let wanted = "memory of its own, or that of a weight of its type";
+                Err(Error::argument(argument, wanted, "a part of the weight's"))
+            }
+        }
+    }
+
+    /// # Safety
     /// The handle is one, for as long as the result is used.
     unsafe fn nf4<'a>(&self) -> Result<&'a Nf4Matrix> {
         // SAFETY: the caller's promise.
@@ -510,66 +560,30 @@ impl LkWeight {
 }
 
 /// Adapters on a weight, for a merge.
-struct Stacked<'a> {
-    weight: Base<'a>,
-    stack: Stack,
-}
-
-enum Base<'a> {
-    Dense(Tensor),
-    Nf4(&'a Nf4Matrix),
-}
-
-impl<'a> Stacked<'a> {
-    /// # Safety
-    /// The arguments and what they point to are as their types say.
-    unsafe fn new(
-        weight: &LkWeight,
-        dtype: LkDType,
-        adapters: &[LkAdapter],
-        adapter_dtype: LkDType,
-    ) -> Result<Self> {
-        let (dtype, adapter_dtype) =
-            (crate::dtype("dtype", dtype)?, crate::dtype("adapter_dtype", adapter_dtype)?);
-        let LkWeight { n, k, .. } = *weight;
-        let adapter = |(i, a): (usize, &LkAdapter)| -> Result<Adapter> {
-            let name = |part: &str| format!("adapters[{i}].{part}");
-            // SAFETY: the caller's promise.
-            unsafe {
-                let lora = Lora::new(
-                    tensor(&name("lora_a"), a.lora_a, &[a.rank, k], adapter_dtype)?,
-                    tensor(&name("lora_b"), a.lora_b, &[n, a.rank], adapter_dtype)?,
-                    a.scaling,
-                )?;
-                match a.magnitude.is_null() {
-                    true => Ok(lora.into()),
-                    false => {
-                        let magnitude = tensor(&name("magnitude"), a.magnitude, &[n], adapter_dtype)?;
-                        Ok(Dora::new(lora, magnitude)?.into())
-                    }
+///
+/// # Safety
+/// The adapters and what they point to are as their type says.
+unsafe fn stack(adapters: &[LkAdapter], adapter_dtype: LkDType, base: Base<'_>) -> Result<Stack> {
+    let (adapter_dtype, shape) = (dtype("adapter_dtype", adapter_dtype)?, base.shape());
+    let (n, k) = (shape[0], shape[1]);
+    let adapter = |(i, a): (usize, &LkAdapter)| -> Result<Adapter> {
+        let name = |part: &str| format!("adapters[{i}].{part}");
+        // SAFETY: the caller's promise.
+        unsafe {
+            let lora = Lora::new(
+                tensor(&name("lora_a"), a.lora_a, &[a.rank, k], adapter_dtype)?,
+                tensor(&name("lora_b"), a.lora_b, &[n, a.rank], adapter_dtype)?,
+                a.scaling,
+            )?;
+            match a.magnitude.is_null() {
+                true => Ok(lora.into()),
+                false => {
+                    let magnitude = tensor(&name("magnitude"), a.magnitude, &[n], adapter_dtype)?;
+                    Ok(Dora::new(lora, magnitude)?.into())
                 }
             }
-        };
-        let adapters = adapters.iter().enumerate().map(adapter).collect::<Result<Vec<_>>>()?;
-        let adapters: Vec<&Adapter> = adapters.iter().collect();
-        // SAFETY: the caller's promise.
-        let weight = unsafe {
-            match weight.nf4.is_null() {
-                true => Base::Dense(tensor("weight.dense", weight.dense, &[n, k], dtype)?),
-                false => Base::Nf4(weight.nf4()?),
-            }
-        };
-        let stack = match &weight {
-            Base::Dense(tensor) => Stack::new(&adapters, tensor)?,
-            Base::Nf4(nf4) => Stack::new(&adapters, *nf4)?,
-        };
-        Ok(Self { weight, stack })
-    }
-
-    fn base(&self) -> lora_kernels::adapter::Base<'_> {
-        match &self.weight {
-            Base::Dense(tensor) => tensor.into(),
-            Base::Nf4(nf4) => (*nf4).into(),
         }
-    }
+    };
+    let adapters = adapters.iter().enumerate().map(adapter).collect::<Result<Vec<_>>>()?;
+    Stack::new(&adapters.iter().collect::<Vec<&Adapter>>(), base)
 }

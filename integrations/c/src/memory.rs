@@ -1,6 +1,6 @@
 //! Memory that a caller lends, checked as far as that goes.
 
-use lora_kernels::tensor::Data;
+use lora_kernels::tensor::{Data, TensorView};
 use lora_kernels::{DType, Element, Error, Result, Tensor};
 
 use crate::with_type;
@@ -75,5 +75,22 @@ pub unsafe fn tensor(
         // SAFETY: the caller's promise.
         let data: Data = T::into_data(unsafe { slice::<T>(argument, pointer.cast(), len)? }.to_vec());
         Tensor::new(shape, data)
+    })
+}
+
+/// Memory as a tensor, without a copy.
+///
+/// # Safety
+/// As [`tensor`].
+pub unsafe fn view<'a>(
+    argument: &str,
+    pointer: *const std::ffi::c_void,
+    shape: &'a [usize],
+    dtype: DType,
+) -> Result<TensorView<'a>> {
+    let len = elements(argument, shape)?;
+    with_type!(dtype, T => {
+        // SAFETY: the caller's promise.
+        TensorView::new(shape, unsafe { slice::<T>(argument, pointer.cast(), len)? })
     })
 }

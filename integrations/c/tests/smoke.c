@@ -116,6 +116,18 @@ int main(void) {
     LkWeight merged_weight = {N, K, merged, NULL};
     OK(lk_unmerge(&merged_weight, LK_F32, adapters, 1, LK_F32, LK_F32, unmerged));
     for (size_t i = 0; i < N * K; i++) CHECK(fabsf(unmerged[i] - w[i]) <= (RANK + 4) * 0x1p-24f * 8);
+    /* The same in place, with a report and without. */
+    static float place[N * K];
+    LkWeight in_place = {N, K, place, NULL};
+    for (int with_report = 0; with_report < 2; with_report++) {
+        LkMergeReport same;
+        memcpy(place, w, sizeof w);
+        OK(lk_merge(&in_place, LK_F32, adapters, 1, LK_F32, LK_F32, place, with_report ? &same : NULL));
+        CHECK(memcmp(place, merged, sizeof merged) == 0);
+        CHECK(!with_report || memcmp(&same, &report, sizeof report) == 0);
+    }
+    OK(lk_unmerge(&in_place, LK_F32, adapters, 1, LK_F32, LK_F32, place));
+    CHECK(memcmp(place, unmerged, sizeof unmerged) == 0);
     LkNf4 *merged_nf4 = NULL;
     OK(lk_nf4_merge(nf4, adapters, 1, LK_F32, 0.0, &merged_nf4, &report));
     CHECK(report.changed_share > 0.1);
@@ -162,6 +174,16 @@ int main(void) {
     wrong = operands, wrong.adapters = &dora, wrong.adapter_count = 1, wrong.adapter_index = NULL;
     REFUSED(lk_matmul(&wrong), "adapters[0].magnitude: wanted NULL (row_scale is for DoRA), got a pointer");
     REFUSED(lk_merge(&dense, LK_F32, NULL, 0, LK_F32, LK_F32, merged, NULL), "adapters: wanted at least one, got none");
+    REFUSED(lk_merge(&in_place, LK_F32, adapters, 1, LK_F32, LK_F32, place + 1, NULL),
+            "merged: wanted memory of its own, or that of a weight of its type, got a part of the weight's");
+    REFUSED(lk_merge(&in_place, LK_F32, adapters, 1, LK_F32, LK_BF16, place, NULL),
+            "merged: wanted memory of its own, or that of a weight of its type, got a part of the weight's");
+    REFUSED(lk_merge(&in_place, LK_F32, adapters, 1, LK_F32, LK_F32, NULL, NULL), "merged: wanted a pointer, got NULL");
+    place[N * K - 1] = INFINITY;
+    memcpy(again, place, sizeof place);
+    REFUSED(lk_merge(&in_place, LK_F32, adapters, 1, LK_F32, LK_F32, place, NULL),
+            "weight[5, 63], adapted: wanted a finite f32, got inf");
+    CHECK(memcmp(again, place, sizeof place) == 0);
     REFUSED(lk_unmerge(&dense, LK_F32, &dora, 1, LK_F32, LK_F32, unmerged),
             "adapters[0].magnitude: wanted NULL: DoRA cannot be unmerged here, got a pointer");
     REFUSED(lk_dora_scale(&dense, LK_F32, &adapters[0], LK_F32, scale), "adapter.magnitude: wanted a pointer, got NULL");

@@ -92,7 +92,7 @@ impl Undo {
             let (start, len) = (i * PIECE, PIECE.min(numel - i * PIECE));
             let mut encoder = Encoder::new();
             match original {
-                Base::Dense(tensor) => each_dtype!(tensor.data(), elements => {
+                Base::Dense(tensor) => each_dtype!(DataRef: tensor.data(), elements => {
                     code_dense(&predictor, start, &mut elements[start..start + len].to_vec(), &mut encoder);
                 }),
                 Base::Nf4(matrix) => {
