@@ -3,7 +3,8 @@
 use bytemuck::cast_slice_mut;
 
 use super::update::Update;
-use crate::simd::{LANES, Level, Simd, Vector, with_level};
+use crate::simd::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
+use crate::simd::{Level, Simd, Vector, with_level};
 
 /// The factors of a stored weight's update, in the order in which tiles read them.
 ///
@@ -15,16 +16,12 @@ pub(super) struct Product {
     rank: usize,
     /// `[rows, rank]`.
     left: Vec<f32>,
-    /// `[vectors, rank]`: an even number of vectors, with zeros beyond the last column.
-    right: Vec<Vector>,
+    /// `[columns / 16, rank]`, with zeros beyond the last column.
+    right: Vec<Wide>,
 }
 
-/// Columns of a tile are a multiple of so many.
-const PAIR: usize = 2 * LANES;
 /// Columns of a strip, at most.
 pub(super) const STRIP: usize = 256;
-/// Rows that are computed together: with a pair of vectors eight sums, which stay in registers.
-const ROWS: usize = 4;
 
 impl Product {
     pub fn new(update: &Update) -> Self {
@@ -37,10 +34,10 @@ impl Product {
         for (row, factors) in factors.chunks_mut(rank.max(1)).enumerate() {
             factors.iter_mut().enumerate().for_each(|(r, to)| *to = left[r * rows + row] as f32);
         }
-        let mut packed = vec![Vector::ZERO; columns.div_ceil(PAIR) * 2 * rank];
+        let mut packed = vec![[Vector::ZERO; 2]; columns.div_ceil(WIDTH) * rank];
         for (r, row) in right.chunks(columns.max(1)).take(rank).enumerate() {
-            for (v, values) in row.chunks(LANES).enumerate() {
-                let lanes = &mut packed[v * rank + r].0;
+            for (group, values) in row.chunks(WIDTH).enumerate() {
+                let lanes: &mut [f32] = cast_slice_mut(&mut packed[group * rank + r]);
                 lanes.iter_mut().zip(values).for_each(|(lane, &value)| *lane = value as f32);
             }
         }
@@ -57,9 +54,9 @@ impl Product {
         for row in self.left.chunks(self.rank.max(1)) {
             largest.iter_mut().zip(row).for_each(|(largest, &v)| raise(&mut largest[0], v));
         }
-        for vectors in self.right.chunks(self.rank.max(1)) {
-            for (largest, vector) in largest.iter_mut().zip(vectors) {
-                vector.0.iter().for_each(|&v| raise(&mut largest[1], v));
+        for group in self.right.chunks(self.rank.max(1)) {
+            for (largest, values) in largest.iter_mut().zip(group) {
+                values.iter().flat_map(|vector| vector.0).for_each(|v| raise(&mut largest[1], v));
             }
         }
         largest.iter().map(|[left, right]| f64::from(*left) * f64::from(*right)).sum()
@@ -81,27 +78,28 @@ impl Product {
         mut each: impl FnMut(usize, &mut [T], &mut [f32]),
     ) {
         let (rank, columns, block) = (self.rank, self.shape[1], self.block_columns());
-        let mut tile = [Vector::ZERO; ROWS * STRIP / LANES];
+        let mut tile = [[Vector::ZERO; 2]; HEIGHT * STRIP / WIDTH];
         for block in (0..columns).step_by(block).map(|column| column..columns.min(column + block)) {
-            for (i, out) in out.chunks_mut(ROWS * columns).enumerate() {
-                let (rows, row) = (out.len() / columns, row + i * ROWS);
-                let left = |r: usize| &self.left[(row + r) * rank..][..rank];
+            for (i, out) in out.chunks_mut(HEIGHT * columns).enumerate() {
+                let (rows, first) = (out.len() / columns, i * HEIGHT);
+                let left = |r: usize| &self.left[(row + first + r) * rank..][..rank];
                 for column in block.clone().step_by(STRIP) {
                     let width = STRIP.min(block.end - column);
-                    let vectors = width.div_ceil(PAIR) * 2;
-                    let right = &self.right[column / LANES * rank..][..vectors * rank];
-                    let tile = &mut tile[..rows * vectors];
-                    if rows == ROWS {
-                        few::<_, ROWS>(simd, std::array::from_fn(left), right, vectors, tile);
-                    } else {
-                        for (r, tile) in tile.chunks_mut(vectors).enumerate() {
-                            few::<_, 1>(simd, [left(r)], right, vectors, tile);
+                    let groups = width.div_ceil(WIDTH);
+                    let tile = &mut tile[..rows * groups];
+                    with_height!(rows, R => {
+                        let left: [&[f32]; R] = std::array::from_fn(left);
+                        for group in 0..groups {
+                            let right = &self.right[(column / WIDTH + group) * rank..][..rank];
+                            let mut sums = [[Vector::ZERO; 2]; R];
+                            multiply_add(simd, right, #[inline(always)] |r, i, _| left[r][i], &mut sums);
+                            sums.iter().enumerate().for_each(|(r, sums)| tile[r * groups + group] = *sums);
                         }
-                    }
-                    for (r, (out, delta)) in out.chunks_mut(columns).zip(tile.chunks_mut(vectors)).enumerate()
-                    {
+                    });
+                    let rows = out.chunks_mut(columns).zip(tile.chunks_mut(groups));
+                    for (r, (out, delta)) in rows.enumerate() {
                         let delta: &mut [f32] = cast_slice_mut(delta);
-                        let start = (i * ROWS + r) * columns + column;
+                        let start = (first + r) * columns + column;
                         each(start, &mut out[column..column + width], &mut delta[..width]);
                     }
                 }
@@ -114,34 +112,6 @@ impl Product {
         with_level!(self.level, simd => {
             self.strips(simd, row, out, #[inline(always)] |_, out, delta| out.copy_from_slice(delta));
         });
-    }
-}
-
-/// The rows of a tile, each of so many vectors.
-#[inline(always)]
-fn few<S: Simd, const R: usize>(
-    simd: S,
-    left: [&[f32]; R],
-    right: &[Vector],
-    vectors: usize,
-    out: &mut [Vector],
-) {
-    let rank = left[0].len();
-    for v in (0..vectors).step_by(2) {
-        let (a, b) = right[v * rank..][..2 * rank].split_at(rank);
-        let mut sums = [[simd.zero(); 2]; R];
-        for (r, (a, b)) in a.iter().zip(b).enumerate() {
-            let (a, b) = (simd.load(a), simd.load(b));
-            for (sums, left) in sums.iter_mut().zip(left) {
-                let left = simd.load(&Vector([left[r]; LANES]));
-                sums[0] = simd.mul_add(left, a, sums[0]);
-                sums[1] = simd.mul_add(left, b, sums[1]);
-            }
-        }
-        for (i, [a, b]) in sums.into_iter().enumerate() {
-            out[i * vectors + v] = simd.store(a);
-            out[i * vectors + v + 1] = simd.store(b);
-        }
     }
 }
 

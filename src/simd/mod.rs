@@ -6,6 +6,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod portable;
+pub(crate) mod tile;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;

@@ -5,11 +5,11 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::read;
-use super::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
 use crate::cpu::lora_shrink::branch_scale;
 use crate::cpu::matmul::check;
 use crate::cpu::{LoraGradient, MatmulExtras, Weight};
 use crate::nf4::check_len;
+use crate::simd::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
 use crate::simd::{Level, Simd, Vector, with_level};
 use crate::{Element, Error, Result};
 

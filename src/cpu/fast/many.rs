@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
 use super::{Branch, Inputs, read};
 use crate::Element;
 use crate::cpu::Weight;
+use crate::simd::tile::{HEIGHT, WIDTH, Wide, multiply_add, with_height};
 use crate::simd::{LANES, Simd, Vector};
 
 /// Vectors of a row that are decoded at a time: with six rows, 12 KiB.

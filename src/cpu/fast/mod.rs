@@ -9,7 +9,6 @@
 mod backward;
 mod few;
 mod many;
-mod tile;
 
 use rayon::prelude::*;
 
@@ -17,12 +16,12 @@ use super::lora_shrink::branch_scale;
 use super::matmul::{Shape, check};
 use super::{LowRank, MatmulExtras, Weight};
 use crate::nf4::check_len;
+use crate::simd::tile::HEIGHT;
 use crate::simd::{Level, Simd, with_level};
 use crate::{Element, Result};
 pub use backward::backward;
 use few::Rows;
 use many::Columns;
-use tile::HEIGHT;
 
 /// Tokens of one pass over a weight: its decoding is spread over them, and they stay in a core's cache, 512 inputs at a time.
 const PASS: usize = 128;

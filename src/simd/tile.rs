@@ -1,19 +1,19 @@
-//! What all large products are made of: twelve sums, six rows of two vectors, that stay in registers while factors and vectors are read.
+//! What products of f32 are made of: twelve sums, six rows of two vectors, that stay in registers while factors and vectors are read.
 
-use crate::simd::{LANES, Simd, Vector};
+use super::{LANES, Simd, Vector};
 
 /// Rows of a tile: so many sums, and what they are made of, fit into sixteen registers.
-pub(super) const HEIGHT: usize = 6;
+pub(crate) const HEIGHT: usize = 6;
 /// Columns of a tile.
-pub(super) const WIDTH: usize = 2 * LANES;
+pub(crate) const WIDTH: usize = 2 * LANES;
 
 /// The columns of a row.
-pub(super) type Wide = [Vector; 2];
+pub(crate) type Wide = [Vector; 2];
 
 /// `sums[r] += factor(r, i, half) * values[i][half]`, in the order of i. To be inlined into what `simd` runs.
 #[expect(clippy::needless_range_loop, reason = "compilers unroll loops over numbers, and need to here")]
 #[inline(always)]
-pub(super) fn multiply_add<S: Simd, const R: usize>(
+pub(crate) fn multiply_add<S: Simd, const R: usize>(
     simd: S,
     values: &[Wide],
     factor: impl Fn(usize, usize, usize) -> f32,
@@ -72,4 +72,4 @@ macro_rules! with_height {
         }
     };
 }
-pub(super) use with_height;
+pub(crate) use with_height;
