@@ -54,7 +54,12 @@ pub struct Groups<'a> {
     buffer: View<'a, i32>,
 }
 
-impl Groups<'_> {
+impl<'a> Groups<'a> {
+    /// What a plan of `shape` has written to `buffer`.
+    pub(super) fn of(shape: Shape, buffer: View<'a, i32>) -> Self {
+        Self { shape, buffer }
+    }
+
     /// The shape of the plan that made them.
     pub fn shape(&self) -> Shape {
         self.shape
@@ -163,12 +168,12 @@ pub(super) fn check_experts(experts: usize) -> Result<()> {
 }
 
 /// Groups that there can be: one for every expert, for none and for wrong numbers, but not more than rows.
-pub(super) fn count(rows: usize, experts: usize) -> usize {
-    rows.min(experts + 2)
+pub(super) const fn count(rows: usize, experts: usize) -> usize {
+    if rows < experts + 2 { rows } else { experts + 2 }
 }
 
 /// Elements of the buffer.
-fn len(rows: usize, experts: usize) -> usize {
+const fn len(rows: usize, experts: usize) -> usize {
     2 * count(rows, experts) + 1 + rows
 }
 

@@ -10,6 +10,7 @@
 //! | [`adapters`], [`scratch`], [`matmul`](fn@matmul) | a linear layer: dense or 4-bit weight, bias, DoRA's scale, an adapter per token |
 //! | [`nf4_quantize`](fn@nf4_quantize), [`nf4_dequantize`](fn@nf4_dequantize) | numbers to 4-bit codes and back |
 //! | [`merge`](fn@merge) | adapters into a dense weight, or out of it |
+//! | [`expert_groups`](fn@expert_groups), [`expert_index`](fn@expert_index), [`expert_matmul`](fn@expert_matmul) | a mixture of experts: rows sorted by expert, their adapters, products with a stack of weights |
 //!
 //! ```no_run
 //! # #[cfg(feature = "cuda")]
@@ -44,11 +45,39 @@ use half::{bf16, f16};
 
 use super::{
     AbsmaxView, AdapterTable, AdapterView, LowRank, NestedView, Nf4View, Nf4ViewMut, Queue, UpdateView, View,
-    ViewMut, lora_shrink, matmul, merge, nf4_dequantize, nf4_quantize,
+    ViewMut, expert_groups, expert_index, expert_matmul, lora_shrink, matmul, merge, nf4_dequantize,
+    nf4_quantize,
 };
 use crate::nf4::{Codebook, block_count, check_blocksize, packed_len};
 use crate::tensor::numel;
 use crate::{DType, Element, Error, Result};
+
+/// Calls a product whose types are those of x and of the adapters.
+macro_rules! of_types {
+    ($product:ident, $queue:expr, $shape:expr, $operands:expr) => {
+        match ($shape.dtype, $operands.adapters.as_ref().map(|branch| &branch.adapters.0)) {
+            (DType::F32, None) => $product::<f32, f32>($queue, $shape, $operands, None),
+            (DType::F32, Some(Table::F32(table))) => {
+                $product::<f32, _>($queue, $shape, $operands, Some(table))
+            }
+            (DType::F16, None) => $product::<f16, f16>($queue, $shape, $operands, None),
+            (DType::F16, Some(Table::F16(table))) => {
+                $product::<f16, _>($queue, $shape, $operands, Some(table))
+            }
+            (DType::F16, Some(Table::F32(table))) => {
+                $product::<f16, _>($queue, $shape, $operands, Some(table))
+            }
+            (DType::BF16, None) => $product::<bf16, bf16>($queue, $shape, $operands, None),
+            (DType::BF16, Some(Table::BF16(table))) => {
+                $product::<bf16, _>($queue, $shape, $operands, Some(table))
+            }
+            (DType::BF16, Some(Table::F32(table))) => {
+                $product::<bf16, _>($queue, $shape, $operands, Some(table))
+            }
+            (dtype, Some(_)) => Err(Error::argument("adapters", format!("{dtype} or f32"), "another type")),
+        }
+    };
+}
 
 /// A 4-bit matrix.
 #[derive(Debug, Clone, Copy)]
@@ -141,6 +170,27 @@ pub struct Matmul<'a> {
     /// `[tokens, n]`, aligned to 16 bytes.
     pub y: u64,
     /// As many bytes as [`scratch`] says, aligned to 16. What they hold does not matter, before or after.
+    pub scratch: u64,
+}
+
+/// The operands of [`expert_matmul`](fn@expert_matmul).
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertMatmul<'a> {
+    /// `[tokens, k]`, aligned to 16 bytes.
+    pub x: u64,
+    /// `[experts, n, k]`.
+    pub weight: Weight<'a>,
+    /// What [`expert_groups`](fn@expert_groups) made of the experts of all `tokens * choices` rows.
+    pub groups: u64,
+    /// `[experts, n]`, of x's type, or 0.
+    pub bias: u64,
+    /// `[experts, n]`, f32, or 0.
+    pub row_scale: u64,
+    /// The adapters, if there are any; the index has `tokens * choices` numbers, as [`expert_index`](fn@expert_index) makes them.
+    pub adapters: Option<Branch<'a>>,
+    /// `[tokens * choices, n]`, aligned to 16 bytes.
+    pub y: u64,
+    /// As many bytes as [`expert_scratch`] says, aligned to 16. What they hold does not matter, before or after.
     pub scratch: u64,
 }
 
@@ -250,22 +300,8 @@ pub fn scratch(queue: &dyn Queue, shape: &matmul::Shape, adapters: Option<&Adapt
 /// Every address is valid for what [`Matmul`] says, on the device of `queue`, until the work has completed; `y` and `scratch`
 /// are written, and overlap nothing else.
 pub unsafe fn matmul(queue: &dyn Queue, shape: &matmul::Shape, operands: &Matmul<'_>) -> Result<()> {
-    use DType::{BF16, F16, F32};
-    let adapters = operands.adapters.as_ref().map(|branch| &branch.adapters.0);
     // SAFETY: the caller's promises.
-    unsafe {
-        match (shape.dtype, adapters) {
-            (F32, None) => product::<f32, f32>(queue, shape, operands, None),
-            (F32, Some(Table::F32(table))) => product::<f32, _>(queue, shape, operands, Some(table)),
-            (F16, None) => product::<f16, f16>(queue, shape, operands, None),
-            (F16, Some(Table::F16(table))) => product::<f16, _>(queue, shape, operands, Some(table)),
-            (F16, Some(Table::F32(table))) => product::<f16, _>(queue, shape, operands, Some(table)),
-            (BF16, None) => product::<bf16, bf16>(queue, shape, operands, None),
-            (BF16, Some(Table::BF16(table))) => product::<bf16, _>(queue, shape, operands, Some(table)),
-            (BF16, Some(Table::F32(table))) => product::<bf16, _>(queue, shape, operands, Some(table)),
-            (dtype, Some(_)) => Err(Error::argument("adapters", format!("{dtype} or f32"), "another type")),
-        }
-    }
+    unsafe { of_types!(product, queue, shape, operands) }
 }
 
 /// # Safety
@@ -299,14 +335,136 @@ unsafe fn product<T: Element, A: Element>(
             low_rank,
             overlap: false,
         };
-        let weight = match &operands.weight {
-            Weight::Dense(address) => {
-                matmul::Weight::Dense(read(queue, "weight", *address, elements("n * k", &[n, k])?)?)
-            }
-            Weight::Nf4(nf4) => matmul::Weight::Nf4(nf4.view(queue, elements("n * k", &[n, k])?)?),
-        };
+        let weight = operands.weight.view(queue, elements("n * k", &[n, k])?)?;
         let y = write::<T>(queue, "y", y, elements("tokens * n", &[tokens, n])?)?;
         plan.run(queue, x, &weight, &extras, y, workspace)
+    }
+}
+
+/// The size in bytes of what [`expert_groups`](fn@expert_groups) writes for so many rows.
+///
+/// # Errors
+/// As [`expert_groups::plan`].
+pub fn expert_groups_bytes(queue: &dyn Queue, shape: &expert_groups::Shape) -> Result<usize> {
+    Ok(expert_groups::plan(shape, queue.properties())?.len() * size_of::<i32>())
+}
+
+/// Sorts rows by expert: [`expert_groups`](mod@expert_groups). Once for all products that share the choices.
+///
+/// # Errors
+/// As there.
+///
+/// # Safety
+/// The addresses are valid on the device of `queue` until the work has completed: `expert` for `rows` i32, -1 for none, and `groups`
+/// for [`expert_groups_bytes`], aligned to 4. `groups` is written, and overlaps nothing else.
+pub unsafe fn expert_groups(
+    queue: &dyn Queue,
+    shape: &expert_groups::Shape,
+    expert: u64,
+    groups: u64,
+) -> Result<()> {
+    let plan = expert_groups::plan(shape, queue.properties())?;
+    // SAFETY: the caller's promises.
+    unsafe {
+        let expert = read(queue, "expert", expert, shape.rows)?;
+        plan.run(queue, expert, write(queue, "groups", groups, plan.len())?).map(drop)
+    }
+}
+
+/// The adapter of every row, from that of its token and its expert: [`expert_index`](mod@expert_index).
+///
+/// # Errors
+/// As there.
+///
+/// # Safety
+/// The addresses are valid on the device of `queue` until the work has completed: `adapter` for `tokens` i32, `expert` and `index` for
+/// `tokens * choices`. `index` is written, and overlaps nothing else.
+pub unsafe fn expert_index(
+    queue: &dyn Queue,
+    shape: &expert_index::Shape,
+    adapter: u64,
+    expert: u64,
+    index: u64,
+) -> Result<()> {
+    let plan = expert_index::plan(shape, queue.properties())?;
+    // SAFETY: the caller's promises.
+    unsafe {
+        let adapter = read(queue, "adapter", adapter, shape.tokens)?;
+        let expert = read(queue, "expert", expert, plan.rows)?;
+        plan.run(queue, adapter, expert, write(queue, "index", index, plan.rows)?)
+    }
+}
+
+/// How many bytes [`expert_matmul`](fn@expert_matmul) wants as scratch.
+///
+/// # Errors
+/// As [`expert_matmul::plan`] and [`lora_shrink::plan`].
+pub fn expert_scratch(
+    queue: &dyn Queue,
+    shape: &expert_matmul::Shape,
+    adapters: Option<&Adapters>,
+) -> Result<usize> {
+    let rows = expert_matmul::plan(shape, queue.properties())?.rows;
+    Ok(match adapters {
+        Some(adapters) => adapters.shrink(queue, rows, shape.dtype)?.v_len() * size_of::<f32>(),
+        None => 0,
+    })
+}
+
+/// Products of rows with the weights of their experts, out of a stack `[experts, n, k]`: [`lora_shrink`] where there are adapters, and
+/// [`expert_matmul`](mod@expert_matmul). The adapters are those of one stack behind the other, one for each expert.
+///
+/// # Errors
+/// As the plans of these, and for adapters of a type that does not go with x.
+///
+/// # Safety
+/// Every address is valid for what [`ExpertMatmul`] says, on the device of `queue`, until the work has completed; `y` and `scratch`
+/// are written, and overlap nothing else.
+pub unsafe fn expert_matmul(
+    queue: &dyn Queue,
+    shape: &expert_matmul::Shape,
+    operands: &ExpertMatmul<'_>,
+) -> Result<()> {
+    // SAFETY: the caller's promises.
+    unsafe { of_types!(expert_product, queue, shape, operands) }
+}
+
+/// # Safety
+/// As [`expert_matmul`], with x of type `T`.
+unsafe fn expert_product<T: Element, A: Element>(
+    queue: &dyn Queue,
+    shape: &expert_matmul::Shape,
+    operands: &ExpertMatmul<'_>,
+    table: Option<&AdapterTable<'_, A>>,
+) -> Result<()> {
+    let expert_matmul::Shape { tokens, choices, experts, n, k, .. } = *shape;
+    let plan = expert_matmul::plan(shape, queue.properties())?;
+    let sort = expert_groups::plan(&plan.groups_shape(), queue.properties())?;
+    let ExpertMatmul { bias, row_scale, y, scratch, .. } = *operands;
+    // SAFETY: the caller's promises.
+    unsafe {
+        let x = read::<T>(queue, "x", operands.x, elements("tokens * k", &[tokens, k])?)?;
+        let groups = read(queue, "groups", operands.groups, sort.len())?;
+        let weight = operands.weight.view(queue, elements("experts * n * k", &[experts, n, k])?)?;
+        let y = write::<T>(queue, "y", y, elements("tokens * choices * n", &[plan.rows, n])?)?;
+        let low_rank = match (table, &operands.adapters) {
+            (Some(table), Some(branch)) => {
+                let index = optional(queue, branch.index, plan.rows);
+                let shrink = branch.adapters.shrink(queue, plan.rows, shape.dtype)?.with_choices(choices)?;
+                shrink.run(queue, x, table, index, write(queue, "scratch", scratch, shrink.v_len())?)?;
+                let v = read(queue, "scratch", scratch, shrink.v_len())?;
+                Some(LowRank { adapters: table, index, v })
+            }
+            _ => None,
+        };
+        let extras = matmul::Extras {
+            bias: optional(queue, bias, experts * n),
+            row_scale: optional(queue, row_scale, experts * n),
+            low_rank,
+            overlap: false,
+        };
+        let groups = expert_groups::Groups::of(plan.groups_shape(), groups);
+        plan.run(queue, x, &weight, &groups, &extras, y)
     }
 }
 
@@ -429,6 +587,20 @@ unsafe fn merge_as<T: Element, A: Element>(
                 let weight = read::<T>(queue, "weight", weight, numel)?;
                 plan.run(queue, weight, &update, write(queue, "out", out, numel)?)
             }
+        }
+    }
+}
+
+impl<'a> Weight<'a> {
+    /// # Safety
+    /// The addresses are valid for a weight of `numel` elements, if it is dense of type `T`.
+    unsafe fn view<T: Element>(&self, queue: &dyn Queue, numel: usize) -> Result<matmul::Weight<'a, T>> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Ok(match self {
+                Weight::Dense(address) => matmul::Weight::Dense(read(queue, "weight", *address, numel)?),
+                Weight::Nf4(nf4) => matmul::Weight::Nf4(nf4.view(queue, numel)?),
+            })
         }
     }
 }

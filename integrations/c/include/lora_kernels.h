@@ -355,6 +355,76 @@ typedef struct LkCudaMatmul {
 } LkCudaMatmul;
 
 /**
+ * The operands of `lk_cuda_expert_matmul`. Addresses are of the queue's device, those of absent operands 0.
+ */
+typedef struct LkCudaExpertMatmul {
+  /**
+   * Rows of x.
+   */
+  size_t tokens;
+  /**
+   * Rows of y for each row of x: experts that the router chooses, or 1.
+   */
+  size_t choices;
+  /**
+   * Experts of the stack.
+   */
+  size_t experts;
+  /**
+   * Outputs of an expert.
+   */
+  size_t n;
+  /**
+   * Inputs.
+   */
+  size_t k;
+  /**
+   * The type of x, y, the bias and a dense weight: `LK_F16` or `LK_BF16`.
+   */
+  LkDType dtype;
+  /**
+   * `[tokens, k]`, aligned to 16 bytes.
+   */
+  uint64_t x;
+  /**
+   * `[experts, n, k]`, aligned to 16 bytes; 0 with `nf4`.
+   */
+  uint64_t dense;
+  /**
+   * The stack in 4 bits, as one matrix `[experts * n, k]`, or NULL.
+   */
+  const struct LkCudaNf4 *nf4;
+  /**
+   * What `lk_cuda_expert_groups` made of the experts of `tokens * choices` rows.
+   */
+  uint64_t groups;
+  /**
+   * `[experts, n]`, or 0.
+   */
+  uint64_t bias;
+  /**
+   * `[experts, n]`, f32, or 0.
+   */
+  uint64_t row_scale;
+  /**
+   * The adapters to choose from, those of a stack one behind the other, or NULL.
+   */
+  const struct LkCudaAdapters *adapters;
+  /**
+   * `[tokens * choices]`, i32: every row's adapter, -1 for none, as `lk_cuda_expert_index` makes them; with 0 all rows use the first.
+   */
+  uint64_t adapter_index;
+  /**
+   * `[tokens * choices, n]`, aligned to 16 bytes, written. A token's rows are one behind the other; those without an expert become 0.
+   */
+  uint64_t y;
+  /**
+   * As many bytes as `lk_cuda_expert_matmul_scratch` says, aligned to 16.
+   */
+  uint64_t scratch;
+} LkCudaExpertMatmul;
+
+/**
  * IEEE binary32.
  */
 #define LK_F32 0
@@ -578,238 +648,61 @@ enum LkStatus lk_cuda_matmul(const struct LkQueue *queue,
                              const struct LkCudaMatmul *operands);
 
 /**
- * Encodes `numel` elements to NF4, enqueued: codes to `packed` (`ceil(numel / 2)` bytes, aligned to 16), scales to `absmax`
- * (`ceil(numel / blocksize)` f32).
+ * The bytes of the device buffer that `lk_cuda_expert_groups` fills for so many rows and experts.
+ *
+ * # Safety
+ * `queue` is a handle, and `bytes` takes a number.
+ */
+enum LkStatus lk_cuda_expert_groups_bytes(const struct LkQueue *queue, size_t rows, size_t experts, size_t *bytes);
+
+/**
+ * Sorts the rows of a mixture of experts by expert, enqueued: once for all products that share the choices. `expert` is `[rows]`, i32: the
+ * expert of every row, -1 for none; any other number that is none makes its row NaN. `groups` is aligned to 4 bytes.
  *
  * # Safety
  * The addresses are memory of the queue's device that stays until the stream has done the work.
  */
-enum LkStatus lk_cuda_nf4_quantize(const struct LkQueue *queue,
-                                   uint64_t data,
-                                   LkDType dtype,
-                                   size_t numel,
-                                   size_t blocksize,
-                                   uint64_t packed,
-                                   uint64_t absmax);
+enum LkStatus lk_cuda_expert_groups(const struct LkQueue *queue,
+                                    size_t rows,
+                                    size_t experts,
+                                    uint64_t expert,
+                                    uint64_t groups);
 
 /**
- * Decodes a matrix of `numel` elements to `data`, of type `dtype`, enqueued.
+ * The adapter of every row of a mixture of experts, enqueued: `index[i] = adapter[i / choices] * experts + expert[i]`, -1 where either is -1.
+ * `adapter` is `[tokens]`, `expert` and `index` are `[tokens * choices]`, all i32; there are `adapters` stacks of adapters.
  *
  * # Safety
- * As `lk_cuda_nf4_quantize`; `nf4` and what it points to are as its type says.
+ * As `lk_cuda_expert_groups`.
  */
-enum LkStatus lk_cuda_nf4_dequantize(const struct LkQueue *queue,
-                                     const struct LkCudaNf4 *nf4,
-                                     size_t numel,
-                                     LkDType dtype,
-                                     uint64_t data);
+enum LkStatus lk_cuda_expert_index(const struct LkQueue *queue,
+                                   size_t tokens,
+                                   size_t choices,
+                                   size_t adapters,
+                                   size_t experts,
+                                   uint64_t adapter,
+                                   uint64_t expert,
+                                   uint64_t index);
 
 /**
- * Merges up to 8 adapters into a dense weight `[n, k]` of type `dtype`, or with `unmerge` takes them out, enqueued. `merged` may be
- * `weight`; both are aligned to 16 bytes. `row_scale` is `[n]` f32 (DoRA's `magnitude / norm`), or 0.
+ * How many bytes `lk_cuda_expert_matmul` wants as scratch for these operands; `scratch` and addresses do not matter yet.
  *
  * # Safety
- * As `lk_cuda_nf4_quantize`; `adapters` has `adapter_count` elements.
+ * As `lk_cuda_expert_matmul`; `bytes` takes a number.
  */
-enum LkStatus lk_cuda_merge(const struct LkQueue *queue,
-                            size_t n,
-                            size_t k,
-                            LkDType dtype,
-                            uint64_t weight,
-                            const struct LkCudaAdapter *adapters,
-                            size_t adapter_count,
-                            LkDType adapter_dtype,
-                            uint64_t row_scale,
-                            bool unmerge,
-                            uint64_t merged);
+enum LkStatus lk_cuda_expert_matmul_scratch(const struct LkQueue *queue,
+                                            const struct LkCudaExpertMatmul *operands,
+                                            size_t *bytes);
 
 /**
- * Quantises `[rows, columns]` elements to NF4, as bitsandbytes does; with `nested` its scales too (double quantisation).
+ * `y[i] = row_scale[e] * (x[i / choices] W[e]^T + scaling (x A^T) B^T) + bias[e]`, with e the expert of row i, enqueued.
  *
  * # Safety
- * `data` has `rows * columns` elements of type `dtype`, and `nf4` takes a pointer.
+ * `operands` and what it points to are as `LkCudaExpertMatmul` says, and the memory of the device stays until the stream has done
+ * the work; y and scratch overlap nothing else.
  */
-enum LkStatus lk_nf4_quantize(const void *data,
-                              LkDType dtype,
-                              size_t rows,
-                              size_t columns,
-                              size_t blocksize,
-                              bool nested,
-                              struct LkNf4 **nf4);
-
-/**
- * Takes a copy of the parts of a matrix.
- *
- * # Safety
- * `parts` and what it points to are as `LkNf4Parts` says, and `nf4` takes a pointer.
- */
-enum LkStatus lk_nf4_new(const struct LkNf4Parts *parts, struct LkNf4 **nf4);
-
-/**
- * The parts of a matrix. The pointers lead into it, and are good until it is freed.
- *
- * # Safety
- * `nf4` is a handle, and `parts` takes an `LkNf4Parts`.
- */
-enum LkStatus lk_nf4_parts(const struct LkNf4 *nf4, struct LkNf4Parts *parts);
-
-/**
- * Decodes a matrix into `len` elements of type `dtype`: as many as it has.
- *
- * # Safety
- * `nf4` is a handle, and `data` takes `len` elements.
- */
-enum LkStatus lk_nf4_dequantize(const struct LkNf4 *nf4, LkDType dtype, void *data, size_t len);
-
-/**
- * Frees a matrix; NULL does nothing.
- *
- * # Safety
- * `nf4` is a handle that nobody uses any more, or NULL.
- */
-void lk_nf4_free(struct LkNf4 *nf4);
-
-/**
- * `y = row_scale * (x W^T + scaling (x A^T) B^T) + bias`, with every token's own adapter. Sums are f32, in an order that does not
- * depend on the other tokens, with one rounding at the end.
- *
- * # Safety
- * `operands` and what it points to are as `LkMatmul` says; `y` overlaps nothing else.
- */
-enum LkStatus lk_matmul(const struct LkMatmul *operands);
-
-/**
- * DoRA's `magnitude / ||W + delta||` of each output, from the weight without the adapter: the `row_scale` of `lk_matmul`. A dense
- * weight is of type `dtype`.
- *
- * # Safety
- * `weight`, `adapter` and what they point to are as their types say, and `row_scale` takes `[n]` elements.
- */
-enum LkStatus lk_dora_scale(const struct LkWeight *weight,
-                            LkDType dtype,
-                            const struct LkAdapter *adapter,
-                            LkDType adapter_dtype,
-                            float *row_scale);
-
-/**
- * Merges adapters, all at once and in their order, into a dense weight `[n, k]` of type `out_dtype`. A 4-bit weight is decoded to its
- * own type first.
- *
- * In place where `merged` is `weight->dense`, which is possible where `out_dtype` is `dtype`. A report costs time; with NULL
- * none is made.
- *
- * # Safety
- * The arguments and what they point to are as their types say. A dense weight is of type `dtype`; `merged` takes
- * `weight.n * weight.k` elements, and overlaps nothing else but that it may be the weight; `report` takes an `LkMergeReport`, or is
- * NULL.
- */
-enum LkStatus lk_merge(const struct LkWeight *weight,
-                       LkDType dtype,
-                       const struct LkAdapter *adapters,
-                       size_t adapter_count,
-                       LkDType adapter_dtype,
-                       LkDType out_dtype,
-                       void *merged,
-                       struct LkMergeReport *report);
-
-/**
- * Takes adapters out of a dense weight of type `dtype`, up to what rounding lost: the inverse of `lk_merge`, for adapters without
- * a magnitude. In place where `weight` is `merged->dense`, as there.
- *
- * # Safety
- * As `lk_merge`, without a report.
- */
-enum LkStatus lk_unmerge(const struct LkWeight *merged,
-                         LkDType dtype,
-                         const struct LkAdapter *adapters,
-                         size_t adapter_count,
-                         LkDType adapter_dtype,
-                         LkDType out_dtype,
-                         void *weight);
-
-/**
- * Merges adapters into a 4-bit matrix, which stays 4-bit: a new one, with the same block size and table. 4 bits lose much of an
- * adapter; the call fails when less is left than `min_gain` (as `retained_gain`; 0 takes anything).
- *
- * # Safety
- * As `lk_merge`; `merged` takes a pointer.
- */
-enum LkStatus lk_nf4_merge(const struct LkNf4 *nf4,
-                           const struct LkAdapter *adapters,
-                           size_t adapter_count,
-                           LkDType adapter_dtype,
-                           double min_gain,
-                           struct LkNf4 **merged,
-                           struct LkMergeReport *report);
-
-/**
- * The queue of a CUDA stream (a `CUstream` or `cudaStream_t`; NULL is the default stream) in the primary context of a device.
- * Gives `LK_STATUS_NO_DEVICE` where there is no GPU or no driver.
- *
- * # Safety
- * The stream outlives the queue, and `queue` takes a pointer.
- */
-enum LkStatus lk_queue_new(size_t device,
-                           void *stream,
-                           struct LkQueue **queue);
-
-/**
- * Frees a queue; NULL does nothing. The stream stays.
- *
- * # Safety
- * `queue` is a handle that nobody uses any more, or NULL.
- */
-void lk_queue_free(struct LkQueue *queue);
-
-/**
- * The bytes of the device buffer that `lk_cuda_adapters_new` wants for `count` adapters and slices.
- */
-size_t lk_cuda_adapters_bytes(size_t count);
-
-/**
- * Uploads what the kernels need to know of the adapters of a module with `k` inputs, whose outputs are `slices`, one behind the
- * other (query, key and value of a packed module; a single slice otherwise). Adapter i has `adapters[i * slice_count + s]` for
- * slice s. Once, not per token.
- *
- * # Safety
- * The arguments and what they point to are as their types say. Factors and `buffer` (`lk_cuda_adapters_bytes`, aligned to 16) are
- * memory of the queue's device, and stay until the stream has done all work with the result.
- */
-enum LkStatus lk_cuda_adapters_new(const struct LkQueue *queue,
-                                   const struct LkCudaAdapter *adapters,
-                                   size_t adapter_count,
-                                   LkDType adapter_dtype,
-                                   size_t k,
-                                   const size_t *slices,
-                                   size_t slice_count,
-                                   uint64_t buffer,
-                                   struct LkCudaAdapters **result);
-
-/**
- * Frees the handle, not the memory of the device; NULL does nothing.
- *
- * # Safety
- * `adapters` is a handle that nobody uses any more, or NULL.
- */
-void lk_cuda_adapters_free(struct LkCudaAdapters *adapters);
-
-/**
- * How many bytes `lk_cuda_matmul` wants as scratch for these operands; `scratch` and addresses do not matter yet.
- *
- * # Safety
- * As `lk_cuda_matmul`; `bytes` takes a number.
- */
-enum LkStatus lk_cuda_matmul_scratch(const struct LkQueue *queue, const struct LkCudaMatmul *operands, size_t *bytes);
-
-/**
- * `y = row_scale * (x W^T + scaling (x A^T) B^T) + bias`, enqueued.
- *
- * # Safety
- * `operands` and what it points to are as `LkCudaMatmul` says, and the memory of the device stays until the stream has done the
- * work; y and scratch overlap nothing else.
- */
-enum LkStatus lk_cuda_matmul(const struct LkQueue *queue,
-                             const struct LkCudaMatmul *operands);
+enum LkStatus lk_cuda_expert_matmul(const struct LkQueue *queue,
+                                    const struct LkCudaExpertMatmul *operands);
 
 /**
  * Encodes `numel` elements to NF4, enqueued: codes to `packed` (`ceil(numel / 2)` bytes, aligned to 16), scales to `absmax`

@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 
-use lora_kernels::cuda::{CudaQueue, Queue, matmul, merge, nf4_quantize, raw};
+use lora_kernels::cuda::{
+    CudaQueue, Queue, expert_groups, expert_index, expert_matmul, matmul, merge, nf4_quantize, raw,
+};
 use lora_kernels::nf4::Codebook;
 use lora_kernels::{Error, Result};
 
@@ -90,6 +92,44 @@ pub struct LkCudaMatmul {
     /// `[tokens, n]`, aligned to 16 bytes, written.
     pub y: u64,
     /// As many bytes as `lk_cuda_matmul_scratch` says, aligned to 16.
+    pub scratch: u64,
+}
+
+/// The operands of `lk_cuda_expert_matmul`. Addresses are of the queue's device, those of absent operands 0.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct LkCudaExpertMatmul {
+    /// Rows of x.
+    pub tokens: usize,
+    /// Rows of y for each row of x: experts that the router chooses, or 1.
+    pub choices: usize,
+    /// Experts of the stack.
+    pub experts: usize,
+    /// Outputs of an expert.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// The type of x, y, the bias and a dense weight: `LK_F16` or `LK_BF16`.
+    pub dtype: LkDType,
+    /// `[tokens, k]`, aligned to 16 bytes.
+    pub x: u64,
+    /// `[experts, n, k]`, aligned to 16 bytes; 0 with `nf4`.
+    pub dense: u64,
+    /// The stack in 4 bits, as one matrix `[experts * n, k]`, or NULL.
+    pub nf4: *const LkCudaNf4,
+    /// What `lk_cuda_expert_groups` made of the experts of `tokens * choices` rows.
+    pub groups: u64,
+    /// `[experts, n]`, or 0.
+    pub bias: u64,
+    /// `[experts, n]`, f32, or 0.
+    pub row_scale: u64,
+    /// The adapters to choose from, those of a stack one behind the other, or NULL.
+    pub adapters: *const LkCudaAdapters,
+    /// `[tokens * choices]`, i32: every row's adapter, -1 for none, as `lk_cuda_expert_index` makes them; with 0 all rows use the first.
+    pub adapter_index: u64,
+    /// `[tokens * choices, n]`, aligned to 16 bytes, written. A token's rows are one behind the other; those without an expert become 0.
+    pub y: u64,
+    /// As many bytes as `lk_cuda_expert_matmul_scratch` says, aligned to 16.
     pub scratch: u64,
 }
 
@@ -211,24 +251,124 @@ pub unsafe extern "C" fn lk_cuda_matmul(queue: *const LkQueue, operands: *const 
         unsafe {
             let queue = &*reference("queue", queue)?.0;
             let operands = reference("operands", operands)?;
-            let codebook;
-            let weight = match operands.nf4.as_ref() {
-                None => raw::Weight::Dense(operands.dense),
-                Some(_) if operands.dense != 0 => {
-                    return Err(Error::argument("operands.dense", "0 beside nf4", operands.dense));
-                }
-                Some(nf4) => {
-                    codebook = nf4.codebook()?;
-                    raw::Weight::Nf4(nf4.raw(&codebook))
-                }
-            };
-            let adapters = operands
-                .adapters
-                .as_ref()
-                .map(|adapters| raw::Branch { adapters: &adapters.0, index: operands.adapter_index });
+            let codebook = codebook(operands.nf4)?;
+            let weight = weight(operands.dense, operands.nf4, &codebook)?;
+            let adapters = branch(operands.adapters, operands.adapter_index);
             let LkCudaMatmul { x, bias, row_scale, y, scratch, .. } = *operands;
             let shape = operands.shape()?;
             raw::matmul(queue, &shape, &raw::Matmul { x, weight, bias, row_scale, adapters, y, scratch })
+        }
+    })
+}
+
+/// The bytes of the device buffer that `lk_cuda_expert_groups` fills for so many rows and experts.
+///
+/// # Safety
+/// `queue` is a handle, and `bytes` takes a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lk_cuda_expert_groups_bytes(
+    queue: *const LkQueue,
+    rows: usize,
+    experts: usize,
+    bytes: *mut usize,
+) -> LkStatus {
+    call(|| {
+        // SAFETY: the caller's promise.
+        let (queue, put) = unsafe { (&*reference("queue", queue)?.0, out("bytes", bytes)?) };
+        put(raw::expert_groups_bytes(queue, &expert_groups::Shape { rows, experts })?);
+        Ok(())
+    })
+}
+
+/// Sorts the rows of a mixture of experts by expert, enqueued: once for all products that share the choices. `expert` is `[rows]`, i32: the
+/// expert of every row, -1 for none; any other number that is none makes its row NaN. `groups` is aligned to 4 bytes.
+///
+/// # Safety
+/// The addresses are memory of the queue's device that stays until the stream has done the work.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lk_cuda_expert_groups(
+    queue: *const LkQueue,
+    rows: usize,
+    experts: usize,
+    expert: u64,
+    groups: u64,
+) -> LkStatus {
+    call(|| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let queue = &*reference("queue", queue)?.0;
+            raw::expert_groups(queue, &expert_groups::Shape { rows, experts }, expert, groups)
+        }
+    })
+}
+
+/// The adapter of every row of a mixture of experts, enqueued: `index[i] = adapter[i / choices] * experts + expert[i]`, -1 where either is -1.
+/// `adapter` is `[tokens]`, `expert` and `index` are `[tokens * choices]`, all i32; there are `adapters` stacks of adapters.
+///
+/// # Safety
+/// As `lk_cuda_expert_groups`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lk_cuda_expert_index(
+    queue: *const LkQueue,
+    tokens: usize,
+    choices: usize,
+    adapters: usize,
+    experts: usize,
+    adapter: u64,
+    expert: u64,
+    index: u64,
+) -> LkStatus {
+    call(|| {
+        let shape = expert_index::Shape { tokens, choices, adapters, experts };
+        // SAFETY: the caller's promise.
+        unsafe { raw::expert_index(&*reference("queue", queue)?.0, &shape, adapter, expert, index) }
+    })
+}
+
+/// How many bytes `lk_cuda_expert_matmul` wants as scratch for these operands; `scratch` and addresses do not matter yet.
+///
+/// # Safety
+/// As `lk_cuda_expert_matmul`; `bytes` takes a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lk_cuda_expert_matmul_scratch(
+    queue: *const LkQueue,
+    operands: *const LkCudaExpertMatmul,
+    bytes: *mut usize,
+) -> LkStatus {
+    call(|| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let queue = &*reference("queue", queue)?.0;
+            let operands = reference("operands", operands)?;
+            let put = out("bytes", bytes)?;
+            let adapters = operands.adapters.as_ref().map(|adapters| &adapters.0);
+            put(raw::expert_scratch(queue, &operands.shape()?, adapters)?);
+        }
+        Ok(())
+    })
+}
+
+/// `y[i] = row_scale[e] * (x[i / choices] W[e]^T + scaling (x A^T) B^T) + bias[e]`, with e the expert of row i, enqueued.
+///
+/// # Safety
+/// `operands` and what it points to are as `LkCudaExpertMatmul` says, and the memory of the device stays until the stream has done
+/// the work; y and scratch overlap nothing else.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lk_cuda_expert_matmul(
+    queue: *const LkQueue,
+    operands: *const LkCudaExpertMatmul,
+) -> LkStatus {
+    call(|| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let queue = &*reference("queue", queue)?.0;
+            let operands = reference("operands", operands)?;
+            let codebook = codebook(operands.nf4)?;
+            let weight = weight(operands.dense, operands.nf4, &codebook)?;
+            let adapters = branch(operands.adapters, operands.adapter_index);
+            let LkCudaExpertMatmul { x, groups, bias, row_scale, y, scratch, .. } = *operands;
+            let product = raw::ExpertMatmul { x, weight, groups, bias, row_scale, adapters, y, scratch };
+            raw::expert_matmul(queue, &operands.shape()?, &product)
         }
     })
 }
@@ -315,6 +455,41 @@ pub unsafe extern "C" fn lk_cuda_merge(
 }
 
 /// # Safety
+/// `nf4` is one, or NULL.
+unsafe fn codebook(nf4: *const LkCudaNf4) -> Result<Codebook> {
+    // SAFETY: the caller's promise.
+    unsafe { nf4.as_ref().map_or(Ok(Codebook::nf4()), |nf4| nf4.codebook()) }
+}
+
+/// # Safety
+/// `nf4` is one, or NULL.
+unsafe fn weight(dense: u64, nf4: *const LkCudaNf4, codebook: &Codebook) -> Result<raw::Weight<'_>> {
+    // SAFETY: the caller's promise.
+    match unsafe { nf4.as_ref() } {
+        None => Ok(raw::Weight::Dense(dense)),
+        Some(_) if dense != 0 => Err(Error::argument("operands.dense", "0 beside nf4", dense)),
+        Some(nf4) => Ok(raw::Weight::Nf4(nf4.raw(codebook))),
+    }
+}
+
+/// # Safety
+/// `nf4` is one, or NULL.
+unsafe fn format(nf4: *const LkCudaNf4) -> matmul::WeightFormat {
+    // SAFETY: the caller's promise.
+    match unsafe { nf4.as_ref() } {
+        None => matmul::WeightFormat::Dense,
+        Some(nf4) => matmul::WeightFormat::Nf4 { blocksize: nf4.blocksize },
+    }
+}
+
+/// # Safety
+/// `adapters` is a handle that lives for `'a`, or NULL.
+unsafe fn branch<'a>(adapters: *const LkCudaAdapters, index: u64) -> Option<raw::Branch<'a>> {
+    // SAFETY: the caller's promise.
+    unsafe { adapters.as_ref().map(|adapters| raw::Branch { adapters: &adapters.0, index }) }
+}
+
+/// # Safety
 /// `adapters` has `count` elements.
 unsafe fn raw_adapters(adapters: *const LkCudaAdapter, count: usize) -> Result<Vec<raw::Adapter>> {
     // SAFETY: the caller's promise.
@@ -360,12 +535,21 @@ impl LkCudaMatmul {
     /// # Safety
     /// `nf4` is one, or NULL.
     unsafe fn shape(&self) -> Result<matmul::Shape> {
-        // SAFETY: the caller's promise.
-        let weight = match unsafe { self.nf4.as_ref() } {
-            None => matmul::WeightFormat::Dense,
-            Some(nf4) => matmul::WeightFormat::Nf4 { blocksize: nf4.blocksize },
-        };
         let LkCudaMatmul { tokens, n, k, .. } = *self;
+        // SAFETY: the caller's promise.
+        let weight = unsafe { format(self.nf4) };
         Ok(matmul::Shape { tokens, n, k, dtype: dtype("dtype", self.dtype)?, weight })
+    }
+}
+
+impl LkCudaExpertMatmul {
+    /// # Safety
+    /// `nf4` is one, or NULL.
+    unsafe fn shape(&self) -> Result<expert_matmul::Shape> {
+        let LkCudaExpertMatmul { tokens, choices, experts, n, k, .. } = *self;
+        // SAFETY: the caller's promise.
+        let weight = unsafe { format(self.nf4) };
+        let dtype = dtype("dtype", self.dtype)?;
+        Ok(expert_matmul::Shape { tokens, choices, experts, n, k, dtype, weight })
     }
 }

@@ -196,6 +196,96 @@ fn a_layer_from_codes_to_outputs() {
     }
 }
 
+/// A mixture of experts over small whole numbers, whose sums are exact, with an adapter for every expert.
+#[test]
+fn rows_meet_their_experts() {
+    const EXPERTS: usize = 3;
+    const CHOICES: usize = 2;
+    const ROWS: usize = TOKENS * CHOICES;
+    const NONE: usize = EXPERTS;
+    let device = Device::best();
+    let queue = LkQueue::new(Owned(device.clone()));
+    let whole = |seed: u32, count: usize| -> Vec<f32> {
+        numbers(seed, count).iter().map(|x| (1.5 * x).round()).collect()
+    };
+    let bf16 =
+        |values: &[f32]| -> Vec<half::bf16> { values.iter().map(|&x| half::bf16::from_f32(x)).collect() };
+    let (k, w, x) = (32, whole(1, EXPERTS * N * 32), whole(2, TOKENS * 32));
+    let (a, b, bias) = (whole(3, EXPERTS * k), whole(4, EXPERTS * N), whole(5, EXPERTS * N));
+    let expert: Vec<i32> = (0..ROWS as i32).map(|i| i * 5 % 4 - 1).collect();
+    let adapter: Vec<i32> = (0..TOKENS as i32).map(|i| i % 2 - 1).collect();
+
+    let (dw, dx, da, db, dbias) = (
+        device.upload(&bf16(&w)),
+        device.upload(&bf16(&x)),
+        device.upload(&bf16(&a)),
+        device.upload(&bf16(&b)),
+        device.upload(&bf16(&bias)),
+    );
+    let (dexpert, dadapter) = (device.upload(&expert), device.upload(&adapter));
+    let (index, y) = (device.alloc::<i32>(ROWS), device.alloc::<half::bf16>(ROWS * N));
+    let factors: Vec<_> = (0..EXPERTS as u64)
+        .map(|e| LkCudaAdapter {
+            lora_a: at(&da) + e * 2 * k as u64,
+            lora_b: at(&db) + e * 2 * N as u64,
+            rank: 1,
+            scaling: 1.0,
+        })
+        .collect();
+    let table = device.alloc::<u8>(lk_cuda_adapters_bytes(EXPERTS));
+    let (mut adapters, mut bytes, slices) = (null_mut(), 0, [N]);
+    let mut operands = LkCudaExpertMatmul {
+        tokens: TOKENS,
+        choices: CHOICES,
+        experts: EXPERTS,
+        n: N,
+        k,
+        dtype: LK_BF16,
+        x: at(&dx),
+        dense: at(&dw),
+        nf4: std::ptr::null(),
+        groups: 0,
+        bias: at(&dbias),
+        row_scale: 0,
+        adapters: std::ptr::null(),
+        adapter_index: at(&index),
+        y: at(&y),
+        scratch: 0,
+    };
+    // SAFETY: the buffers have these sizes, and live until the results have been read.
+    unsafe {
+        ok(lk_cuda_expert_groups_bytes(&queue, ROWS, EXPERTS, &mut bytes));
+        let groups = device.alloc::<u8>(bytes);
+        operands.groups = at(&groups);
+        ok(lk_cuda_expert_groups(&queue, ROWS, EXPERTS, at(&dexpert), at(&groups)));
+        let (adapter, expert) = (at(&dadapter), at(&dexpert));
+        ok(lk_cuda_expert_index(&queue, TOKENS, CHOICES, 1, EXPERTS, adapter, expert, at(&index)));
+        let (factors, slices, table) = (factors.as_ptr(), slices.as_ptr(), at(&table));
+        ok(lk_cuda_adapters_new(&queue, factors, EXPERTS, LK_BF16, k, slices, 1, table, &mut adapters));
+        operands.adapters = adapters;
+        ok(lk_cuda_expert_matmul_scratch(&queue, &operands, &mut bytes));
+        let scratch = device.alloc::<u8>(bytes);
+        operands.scratch = at(&scratch);
+        ok(lk_cuda_expert_matmul(&queue, &operands));
+        lk_cuda_adapters_free(adapters);
+    }
+    let dot = |p: &[f32], q: &[f32]| p.iter().zip(q).map(|(p, q)| p * q).sum::<f32>();
+    for (i, got) in y.download().iter().enumerate() {
+        let (row, n) = (i / N, i % N);
+        let e = usize::try_from(expert[row]).unwrap_or(NONE);
+        let x = &x[row / CHOICES * k..][..k];
+        let want = match (e, adapter[row / CHOICES]) {
+            (NONE, _) => 0.0,
+            (e, -1) => dot(x, &w[(e * N + n) * k..][..k]) + bias[e * N + n],
+            (e, _) => {
+                dot(x, &w[(e * N + n) * k..][..k]) + dot(x, &a[e * k..][..k]) * b[e * N + n] + bias[e * N + n]
+            }
+        };
+        assert!(want.abs() <= 256.0, "a whole number of bf16");
+        assert_eq!(got.to_f32(), want, "row {row}, output {n}");
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let device = Device::best();
@@ -224,5 +314,51 @@ fn what_does_not_fit_is_refused() {
         assert!(adapters.is_null());
         let status = lk_cuda_merge(&queue, 8, 8, LK_F32, 0, &adapter, 0, LK_F32, 0, false, address);
         refused(status, "weight: wanted an address, got 0");
+
+        let mut bytes = 0;
+        let status = lk_cuda_expert_groups_bytes(&queue, 4, 5000, &mut bytes);
+        refused(status, "experts: wanted at most 4094, got 5000");
+        let status = lk_cuda_expert_groups_bytes(&queue, 4, 2, null_mut());
+        refused(status, "bytes: wanted a pointer, got NULL");
+        refused(lk_cuda_expert_groups(&queue, 4, 2, 0, address), "expert: wanted an address, got 0");
+        let status = lk_cuda_expert_index(&queue, 2, 2, 1, 2, address, address, 0);
+        refused(status, "index: wanted an address, got 0");
+        refused(lk_cuda_expert_matmul(&queue, std::ptr::null()), "operands: wanted a pointer, got NULL");
+        let nf4 = LkCudaNf4 {
+            packed: address,
+            absmax: address,
+            nested_q: 0,
+            nested_absmax: 0,
+            nested_map: 0,
+            nested_offset: 0,
+            nested_blocksize: 0,
+            blocksize: 64,
+            codebook: std::ptr::null(),
+        };
+        let right = LkCudaExpertMatmul {
+            tokens: 2,
+            choices: 2,
+            experts: 2,
+            n: 8,
+            k: 64,
+            dtype: LK_F16,
+            x: address,
+            dense: 0,
+            nf4: &nf4,
+            groups: address,
+            bias: 0,
+            row_scale: 0,
+            adapters: std::ptr::null(),
+            adapter_index: 0,
+            y: address,
+            scratch: 0,
+        };
+        let status = lk_cuda_expert_matmul(&queue, &LkCudaExpertMatmul { groups: 0, ..right });
+        refused(status, "groups: wanted an address, got 0");
+        let status = lk_cuda_expert_matmul(&queue, &LkCudaExpertMatmul { dense: 64, ..right });
+        refused(status, "operands.dense: wanted 0 beside nf4, got 64");
+        let status =
+            lk_cuda_expert_matmul_scratch(&queue, &LkCudaExpertMatmul { dtype: LK_F32, ..right }, &mut bytes);
+        refused(status, "dtype: wanted f16 or bf16, got f32");
     }
 }

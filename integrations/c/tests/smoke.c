@@ -202,6 +202,13 @@ int main(void) {
     REFUSED(lk_cuda_matmul(NULL, &launch), "queue: wanted a pointer, got NULL");
     REFUSED(lk_cuda_matmul_scratch(NULL, &launch, &bytes), "queue: wanted a pointer, got NULL");
     REFUSED(lk_cuda_nf4_quantize(NULL, 0, LK_F32, 0, 64, 0, 0), "queue: wanted a pointer, got NULL");
+    LkCudaExpertMatmul mixture;
+    memset(&mixture, 0, sizeof mixture);
+    REFUSED(lk_cuda_expert_groups_bytes(NULL, 4, 2, &bytes), "queue: wanted a pointer, got NULL");
+    REFUSED(lk_cuda_expert_groups(NULL, 4, 2, 0, 0), "queue: wanted a pointer, got NULL");
+    REFUSED(lk_cuda_expert_index(NULL, 2, 2, 1, 2, 0, 0, 0), "queue: wanted a pointer, got NULL");
+    REFUSED(lk_cuda_expert_matmul(NULL, &mixture), "queue: wanted a pointer, got NULL");
+    REFUSED(lk_cuda_expert_matmul_scratch(NULL, &mixture, &bytes), "queue: wanted a pointer, got NULL");
     CHECK(lk_cuda_adapters_bytes(3) == 3 * lk_cuda_adapters_bytes(1));
     lk_cuda_adapters_free(NULL);
 
