@@ -158,6 +158,8 @@ fn products() {
     for device in Device::for_each_target() {
         products_of(&device, [96, 256], &[1, 2, 7, 12, 20, 40, 70]);
         assert!(products_of(&device, [40, 1024], &[20]) > 0, "no plan has split its sum");
+        // In two passes.
+        products_of(&device, [200, 200], &[20]);
         // The largest tiles.
         products_of(&device.with_multiprocessors(1), [160, 128], &[100, 200]);
     }

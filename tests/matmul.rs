@@ -363,6 +363,31 @@ fn every_tile() {
     each_type!(check(&small(&not_hopper())));
 }
 
+/// Rows of codes that are not whole pieces of 16 bytes, of which elements are: W is dequantised first, and that copy multiplied.
+#[test]
+fn two_passes() {
+    fn check<T: Element>(device: &Device) {
+        for (tokens, n, k) in [(20, 33, 200), (70, 130, 136), (133, 40, 264), (20, 24, 2056)] {
+            let problem = Problem::<T>::nf4(tokens, n, k, 64).with_bias_and_scale().with_adapters(&[20, 3]);
+            let outcome = problem.run_and_check(device);
+            let plan = outcome.plan;
+            assert!(plan.dequantize.is_some() && plan.vectors, "{plan:?}");
+            assert_eq!(plan.rounding, Rounding::ToInput);
+            let parts = if plan.splits > 1 { plan.splits * tokens * n * 4 } else { 0 };
+            assert_eq!(plan.workspace_bytes, n * k * 2 + parts);
+
+            let copy = problem.weight_values(Rounding::ToInput).into_iter().map(T::from_f32).collect();
+            let of_copy = Problem { weight: Weight::Dense(copy), ..problem }.run(device);
+            assert_eq!(of_copy.plan.dequantize, None);
+            assert!(same(&outcome.y, &of_copy.y), "{plan:?}");
+        }
+    }
+    for device in Device::for_each_target() {
+        check::<f16>(&device);
+        check::<bf16>(&device);
+    }
+}
+
 /// Hopper has PTX of its own. It computes the same bits.
 #[test]
 fn both_targets_compute_the_same() {

@@ -4,7 +4,7 @@
 mod products;
 
 use half::{bf16, f16};
-use lora_kernels::cuda::matmul::{Shape, WeightFormat};
+use lora_kernels::cuda::matmul::{Rounding, Shape, WeightFormat};
 use lora_kernels::cuda::{AdapterTable, LowRank, matmul_transposed};
 use lora_kernels::nf4::{Absmax, BLOCKSIZES, Codebook, Nesting, Nf4Matrix};
 use lora_kernels::{DType, Element, Error};
@@ -129,7 +129,7 @@ fn a_token_depends_on_itself_alone() {
 #[test]
 fn split_sums_are_finished() {
     fn all<T: Element>(device: &Device) {
-        for (tokens, n, k) in [(1, 4096, 32), (12, 2048, 40), (20, 1111, 33), (70, 1024, 64)] {
+        for (tokens, n, k) in [(1, 4096, 32), (12, 2048, 32), (20, 1111, 33), (70, 1024, 64)] {
             let problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[3, 20]));
             let outcome = check(&problem, device);
             assert!(outcome.plan.splits > 1 && outcome.plan.finish.is_some(), "{:?}", outcome.plan);
@@ -228,6 +228,30 @@ fn a_wrong_adapter_makes_its_token_nan_and_no_other() {
     }
     let device = Device::best();
     each_type!(all(&device));
+}
+
+/// Rows of codes that are not whole pieces of 16 bytes, of which elements are: W is dequantised first, and that copy multiplied.
+#[test]
+fn two_passes() {
+    fn all<T: Element>(device: &Device) {
+        for (tokens, n, k) in [(20, 200, 40), (70, 136, 136), (133, 264, 72), (20, 2056, 24)] {
+            let problem = with_dy(Problem::<T>::nf4(tokens, n, k, 64).with_adapters(&[20, 3]));
+            let outcome = check(&problem, device);
+            let plan = outcome.plan;
+            assert!(plan.dequantize.is_some() && plan.vectors, "{plan:?}");
+            assert_eq!(plan.rounding, Rounding::ToInput);
+            let parts = if plan.splits > 1 { plan.splits * tokens * k * 4 } else { 0 };
+            assert_eq!(plan.workspace_bytes, n * k * 2 + parts);
+
+            let copy = problem.weight_values(Rounding::ToInput).into_iter().map(T::from_f32).collect();
+            let of_copy = run(&Problem { weight: Weight::Dense(copy), ..problem }, device);
+            assert!(same(&outcome.dx, &of_copy.dx), "{plan:?}");
+        }
+    }
+    for device in Device::for_each_target() {
+        all::<f16>(&device);
+        all::<bf16>(&device);
+    }
 }
 
 /// Hopper has PTX of its own. It computes the same bits, with the same kernel.

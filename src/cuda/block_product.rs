@@ -18,6 +18,8 @@ pub(super) struct Choice {
     pub splits: usize,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// What it takes, with the clock of an A100 or, on Hopper, of an H200.
+    pub nanoseconds: f64,
 }
 
 /// How a tile of W is read.
@@ -59,8 +61,9 @@ pub(super) fn choose(
     };
     let costs: Vec<Cost> =
         issues(format, side).iter().map(|&(tokens, issue)| cost(tokens, issue, format, device)).collect();
-    let (cost, splits, _) = rounds::fastest(&work, &machine, &costs);
-    Choice { splits, ..with_tile(cost.tokens, format) }
+    let (cost, splits, clocks) = rounds::fastest(&work, &machine, &costs);
+    let clock = if device.capability == (9, 0) { 1.755 } else { 1.41 };
+    Choice { splits, nanoseconds: clocks / clock, ..with_tile(cost.tokens, format) }
 }
 
 /// A tile of so many tokens, without splits.
@@ -69,6 +72,7 @@ pub(super) fn with_tile(tokens: usize, format: Format) -> Choice {
         tile: Tile { tokens, rows: OUTPUTS, step: STEP },
         splits: 1,
         shared_bytes: shared_bytes(tokens, format),
+        nanoseconds: 0.0,
     }
 }
 

@@ -16,6 +16,11 @@
 //! and faster than dequantising and cuBLAS at every shape. The tile and the number of splits follow from those times; in `matmul` from the
 //! instructions of `kernels/SASS.md`, as clocks of an A100. Of all tiles by all splits a plan has what takes least by that model.
 //!
+//! Where it takes less by that model, there are two passes: W in 4 bits is dequantised to the workspace and then multiplied as a dense one
+//! (`Plan::dequantize`). That is so where rows of codes are not whole pieces of 16 bytes but rows of elements are (k a multiple of 8, not of
+//! 32), and for some W of few rows on devices that are not Hopper, whose small tiles would decode it again and again. In all other
+//! plans no copy of W is made.
+//!
 //! `decode` leaves its sums in the workspace where there are adapters, and `decode_finish` adds their branch. Where few rows of W
 //! would leave multiprocessors idle, the blocks of a cluster share its sums over k and add them in shared memory.
 //!
@@ -35,7 +40,10 @@ use super::block_product::{self, Format};
 use super::check::{blocks, dimension, find, read_only};
 use super::nf4::{Absmax, Values};
 use super::prefill::{self, PrefillParams, Side};
-use super::{Kernel, Launch, LowRank, Nf4View, Properties, Queue, Target, View, ViewMut, dropout};
+use super::{
+    Kernel, Launch, LowRank, Nf4View, Properties, Queue, Target, View, ViewMut, dropout, nf4_dequantize,
+    two_passes,
+};
 use crate::nf4::check_blocksize;
 use crate::{DType, Element, Error, Result};
 
@@ -238,6 +246,9 @@ read_only!(Plan, Details);
 pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
+    /// What makes a 16-bit copy of a 4-bit W, in the workspace, which the kernel multiplies then: two passes, where these take less by the
+    /// model. The copy has what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    pub dequantize: Option<nf4_dequantize::Plan>,
     /// The kernel; none where y has no elements.
     pub kernel: Option<Kernel>,
     /// The kernel that adds the parts of split sums or, with `decode`, which adds them itself, the low-rank branch where there is one.
@@ -317,6 +328,13 @@ pub(super) struct WeightParams {
     padding: u32,
 }
 
+impl WeightParams {
+    /// Elements, from this address on.
+    pub(super) fn dense(data: u64) -> Self {
+        Self { data, ..Self::zeroed() }
+    }
+}
+
 /// `Output` of `epilogue.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -341,33 +359,37 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     if let WeightFormat::Nf4 { blocksize } = weight {
         check_blocksize("weight.blocksize", blocksize)?;
     }
-    let (vectors, one_absmax) = (weight.has_vectors(k, dtype), weight.has_one_absmax(k));
     let hopper = Target::for_capability(device.capability)? == Target::Compute90a;
-    let choice = if dtype == DType::F32 || k == 0 {
-        Choice::matvec(shape, vectors)
-    } else if tokens <= 16 && one_absmax {
-        if hopper { Choice::decode(shape, device) } else { Choice::skinny(tokens) }
-    } else if tokens <= 8 {
-        Choice::matvec(shape, vectors)
-    } else if tokens > 16 && vectors && hopper {
-        Choice::prefill(shape, device)
-    } else {
-        Choice::matmul(shape, vectors, device)
-    };
-    let Choice { name, tile, threads, shared_bytes, rounding, grid } = choice;
+    let (mut choice, mut operand) = (Choice::new(shape, hopper, device), *shape);
+    if let Some(one) = choice.nanoseconds {
+        let copy = two_passes::of_copy(shape);
+        let of_copy = Choice::new(&copy, hopper, device);
+        if of_copy.nanoseconds.is_some_and(|two| two_passes::take_less(shape, hopper, one, two)) {
+            (choice, operand) = (Choice { rounding: Rounding::ToInput, ..of_copy }, copy);
+        }
+    }
+    let dequantize = if operand == *shape { None } else { Some(two_passes::plan(shape, device)?) };
+    let Choice { name, tile, threads, shared_bytes, rounding, grid, .. } = choice;
 
     let tiles = tokens.div_ceil(tile.tokens) as u64 * n.div_ceil(tile.rows) as u64;
     let splits = match grid {
         Grid::Units { splits } | Grid::Rows { splits } | Grid::Tiles { splits: Some(splits) } => splits,
         Grid::Tiles { splits: None } => splits(tiles, k.div_ceil(tile.step), u64::from(device.sm_count)),
     };
-    let kind = if weight == WeightFormat::Dense { "dense" } else { "nf4" };
+    let kind = if operand.weight == WeightFormat::Dense { "dense" } else { "nf4" };
+    let vectors = operand.weight.has_vectors(k, dtype);
     let variant = match grid {
         Grid::Rows { splits: 2.. } => "_split",
         _ if !vectors => "_ragged",
         _ => "",
     };
     let entry = format!("{name}_{kind}_{dtype}_t{}{variant}", tile.tokens);
+    let parts = match grid {
+        // `decode` needs it for products with adapters.
+        Grid::Rows { .. } => tokens * n * size_of::<f32>(),
+        _ if splits > 1 => splits * tokens * n * size_of::<f32>(),
+        _ => 0,
+    };
     Ok(Plan(Details {
         shape: *shape,
         kernel: (tiles > 0).then(|| find(KERNELS, &entry)),
@@ -388,12 +410,8 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         splits,
         rounding,
         vectors,
-        // `decode` needs it for products with adapters.
-        workspace_bytes: match grid {
-            Grid::Rows { .. } => tokens * n * size_of::<f32>(),
-            _ if splits > 1 => splits * tokens * n * size_of::<f32>(),
-            _ => 0,
-        },
+        workspace_bytes: parts + if dequantize.is_some() { two_passes::bytes(shape) } else { 0 },
+        dequantize,
     }))
 }
 
@@ -405,6 +423,8 @@ pub(super) struct Choice {
     pub shared_bytes: u32,
     pub rounding: Rounding,
     grid: Grid,
+    /// What it takes by the model, where there is one.
+    nanoseconds: Option<f64>,
 }
 
 /// How blocks find their work.
@@ -419,6 +439,22 @@ enum Grid {
 }
 
 impl Choice {
+    fn new(shape: &Shape, hopper: bool, device: &Properties) -> Self {
+        let Shape { tokens, k, dtype, weight, .. } = *shape;
+        let (vectors, one_absmax) = (weight.has_vectors(k, dtype), weight.has_one_absmax(k));
+        if dtype == DType::F32 || k == 0 {
+            Self::matvec(shape, vectors)
+        } else if tokens <= 16 && one_absmax {
+            if hopper { Self::decode(shape, device) } else { Self::skinny(tokens) }
+        } else if tokens <= 8 {
+            Self::matvec(shape, vectors)
+        } else if tokens > 16 && vectors && hopper {
+            Self::prefill(shape, device)
+        } else {
+            Self::matmul(shape, vectors, device)
+        }
+    }
+
     fn decode(shape: &Shape, device: &Properties) -> Self {
         const ROWS: usize = 16;
         // Clusters fit into groups of multiprocessors with a common path to each other, mostly 16 or 18: powers of two, without a rest.
@@ -439,6 +475,7 @@ impl Choice {
             shared_bytes: (table + stages * (stage + 16) + sums) as u32,
             rounding: Rounding::Value,
             grid: Grid::Rows { splits },
+            nanoseconds: None,
         }
     }
 
@@ -453,6 +490,7 @@ impl Choice {
             shared_bytes: 80 << 10,
             rounding: Rounding::Value,
             grid: Grid::Tiles { splits: None },
+            nanoseconds: None,
         }
     }
 
@@ -469,6 +507,7 @@ impl Choice {
             shared_bytes: 0,
             rounding: Rounding::Exact,
             grid: Grid::Tiles { splits: None },
+            nanoseconds: None,
         }
     }
 
@@ -491,13 +530,15 @@ impl Choice {
             shared_bytes: choice.shared_bytes,
             rounding: if weight == WeightFormat::Dense { Rounding::Exact } else { Rounding::ToInput },
             grid: Grid::Tiles { splits: Some(choice.splits) },
+            nanoseconds: Some(choice.nanoseconds),
         }
     }
 
     fn prefill(shape: &Shape, device: &Properties) -> Self {
         let Shape { tokens, n, k, weight, .. } = *shape;
         let codes = weight != WeightFormat::Dense;
-        let prefill::Choice { tile, splits, shared_bytes } = prefill::choose(tokens, n, k, codes, device);
+        let prefill::Choice { tile, splits, shared_bytes, nanoseconds } =
+            prefill::choose(tokens, n, k, codes, device);
         Self {
             name: "prefill",
             tile,
@@ -505,6 +546,7 @@ impl Choice {
             shared_bytes,
             rounding: if codes { Rounding::Half } else { Rounding::Exact },
             grid: Grid::Units { splits },
+            nanoseconds: Some(nanoseconds),
         }
     }
 }
@@ -539,9 +581,10 @@ impl Plan {
         x.check("x", tokens * k, 16, device)?;
         y.check("y", tokens * n, 16, device)?;
         workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
+        let copy_bytes = if self.dequantize.is_some() { two_passes::bytes(&self.shape) } else { 0 };
         let decode = self.kernel.is_some_and(|kernel| kernel.module == "decode");
         let in_parts = if decode { extras.low_rank.is_some() } else { self.splits > 1 };
-        let params = Params {
+        let mut params = Params {
             x: x.address(),
             weight: weight_params(&self.shape, weight, device)?,
             branch: match &extras.low_rank {
@@ -552,7 +595,7 @@ impl Plan {
                 y: y.address(),
                 bias: optional("bias", &extras.bias, n, device)?,
                 row_scale: optional("row_scale", &extras.row_scale, n, device)?,
-                partial: if in_parts { workspace.address() } else { 0 },
+                partial: if in_parts { workspace.address() + copy_bytes as u64 } else { 0 },
             },
             tokens: tokens as u32,
             n: n as u32,
@@ -560,6 +603,11 @@ impl Plan {
             splits: self.splits as u32,
         };
         let Some(kernel) = self.kernel else { return Ok(()) };
+        let mut operand = self.shape;
+        if let Some(dequantize) = &self.dequantize {
+            operand = two_passes::of_copy(&operand);
+            params.weight = two_passes::run(dequantize, queue, weight, &workspace)?;
+        }
         let prefill;
         let launch = Launch {
             kernel,
@@ -568,7 +616,7 @@ impl Plan {
             shared_bytes: self.shared_bytes,
             params: if kernel.module == "prefill" {
                 let dropout = dropout::Params::zeroed();
-                prefill = PrefillParams::new(queue, &self.shape, &self.tile, Side::Rows, params, dropout)?;
+                prefill = PrefillParams::new(queue, &operand, &self.tile, Side::Rows, params, dropout)?;
                 bytemuck::bytes_of(&prefill)
             } else {
                 bytemuck::bytes_of(&params)
@@ -620,7 +668,7 @@ pub(super) fn weight_params<T: Element>(
     match (weight, shape.weight) {
         (Weight::Dense(data), WeightFormat::Dense) => {
             data.check("weight", numel, 16, device)?;
-            Ok(WeightParams { data: data.address(), ..WeightParams::zeroed() })
+            Ok(WeightParams::dense(data.address()))
         }
         (Weight::Nf4(nf4), WeightFormat::Nf4 { blocksize }) => {
             if nf4.blocksize != blocksize {

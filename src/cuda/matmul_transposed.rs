@@ -2,8 +2,8 @@
 //! product, and the low-rank branch of every token's adapter. (LoRA, arXiv:2106.09685: the derivative of
 //! `y = x Wᵀ + s (x Aᵀ) Bᵀ` by x, with `u = s dY B`.)
 //!
-//! W is read once for each tile of tokens and transposed on its way to the tensor cores; no transposed and no dequantised copy of it
-//! is made. [`plan`] chooses between two kernels:
+//! W is read once for each tile of tokens and transposed on its way to the tensor cores; no transposed copy of it is made, and a dequantised
+//! one only where [`matmul`](mod@super::matmul) would make one, too (`Plan::dequantize`). [`plan`] chooses between two kernels:
 //!
 //! | kernel | for | how |
 //! |---|---|---|
@@ -26,7 +26,9 @@ use super::matmul::{
     self, FINISH_THREADS, Output, Params, Rounding, Shape, Tile, Weight, WeightFormat, splits,
 };
 use super::prefill::{self, PrefillParams, Side};
-use super::{Kernel, Launch, LowRank, Properties, Queue, Target, View, ViewMut, dropout};
+use super::{
+    Kernel, Launch, LowRank, Properties, Queue, Target, View, ViewMut, dropout, nf4_dequantize, two_passes,
+};
 use crate::cpu::Dropout;
 use crate::nf4::check_blocksize;
 use crate::{DType, Element, Error, Result};
@@ -87,6 +89,9 @@ read_only!(Plan, Details);
 pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
+    /// What makes a 16-bit copy of a 4-bit W, in the workspace, which the kernel multiplies then: two passes, where these take less by the
+    /// model. The copy has what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    pub dequantize: Option<nf4_dequantize::Plan>,
     /// The kernel; none where dX has no elements.
     pub kernel: Option<Kernel>,
     /// The kernel that adds the parts of split sums.
@@ -133,27 +138,20 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
     if let WeightFormat::Nf4 { blocksize } = weight {
         check_blocksize("weight.blocksize", blocksize)?;
     }
-    let codes = weight != WeightFormat::Dense;
-    let f32 = dtype == DType::F32;
-    let vectors = !f32 && n > 0 && n.is_multiple_of(8) && k.is_multiple_of(if codes { 32 } else { 8 });
     let hopper = Target::for_capability(device.capability)? == Target::Compute90a;
-    let Choice { name, variant, tile, threads, shared_bytes, splits, units } =
-        if hopper && vectors && tokens > 16 {
-            let prefill::Choice { tile, splits, shared_bytes } = prefill::choose(tokens, k, n, codes, device);
-            Choice {
-                name: "prefill_transposed",
-                variant: format!("_t{}", tile.tokens),
-                tile,
-                threads: prefill::THREADS,
-                shared_bytes,
-                splits,
-                units: true,
-            }
-        } else {
-            Choice::new(shape, vectors, device)
-        };
+    let (mut choice, mut operand) = (Choice::new(shape, hopper, device), *shape);
+    if let Some(one) = choice.nanoseconds {
+        let copy = two_passes::of_copy(shape);
+        let of_copy = Choice::new(&copy, hopper, device);
+        if of_copy.nanoseconds.is_some_and(|two| two_passes::take_less(shape, hopper, one, two)) {
+            (choice, operand) = (of_copy, copy);
+        }
+    }
+    let dequantize = if operand == *shape { None } else { Some(two_passes::plan(shape, device)?) };
+    let Choice { name, variant, tile, threads, shared_bytes, splits, units, .. } = choice;
     let tiles = tokens.div_ceil(tile.tokens) as u64 * k.div_ceil(tile.rows) as u64;
-    let kind = if codes { "nf4" } else { "dense" };
+    let kind = if operand.weight == WeightFormat::Dense { "dense" } else { "nf4" };
+    let parts = if splits > 1 { splits * tokens * k * size_of::<f32>() } else { 0 };
     let entry = format!("{name}_{kind}_{dtype}{variant}");
     Ok(Plan(Details {
         shape: *shape,
@@ -167,13 +165,14 @@ pub fn plan(shape: &Shape, device: &Properties) -> Result<Plan> {
         threads,
         shared_bytes,
         splits,
-        rounding: match (codes, units, f32) {
-            (false, ..) | (_, _, true) => Rounding::Exact,
-            (true, true, _) => Rounding::Half,
-            (true, false, _) => Rounding::ToInput,
+        rounding: match operand.weight {
+            _ if weight == WeightFormat::Dense || dtype == DType::F32 => Rounding::Exact,
+            WeightFormat::Nf4 { .. } if units => Rounding::Half,
+            _ => Rounding::ToInput,
         },
-        vectors,
-        workspace_bytes: if splits > 1 { splits * tokens * k * size_of::<f32>() } else { 0 },
+        vectors: has_vectors(&operand),
+        workspace_bytes: parts + if dequantize.is_some() { two_passes::bytes(shape) } else { 0 },
+        dequantize,
         dropout: None,
     }))
 }
@@ -188,11 +187,38 @@ struct Choice {
     splits: usize,
     /// Whether there are no more blocks than the device runs at once, which go through all tiles and splits; else one for each.
     units: bool,
+    /// What it takes by the model, where there is one.
+    nanoseconds: Option<f64>,
+}
+
+/// Whether rows of dY and W can be read in pieces of 16 bytes.
+fn has_vectors(shape: &Shape) -> bool {
+    let piece = if shape.weight == WeightFormat::Dense { 8 } else { 32 };
+    shape.dtype != DType::F32 && shape.n > 0 && shape.n.is_multiple_of(8) && shape.k.is_multiple_of(piece)
 }
 
 impl Choice {
+    fn new(shape: &Shape, hopper: bool, device: &Properties) -> Self {
+        let Shape { tokens, n, k, weight, .. } = *shape;
+        if !(hopper && has_vectors(shape) && tokens > 16) {
+            return Self::matmul(shape, device);
+        }
+        let codes = weight != WeightFormat::Dense;
+        let choice = prefill::choose(tokens, k, n, codes, device);
+        Self {
+            name: "prefill_transposed",
+            variant: format!("_t{}", choice.tile.tokens),
+            tile: choice.tile,
+            threads: prefill::THREADS,
+            shared_bytes: choice.shared_bytes,
+            splits: choice.splits,
+            units: true,
+            nanoseconds: Some(choice.nanoseconds),
+        }
+    }
+
     /// `matmul_transposed`.
-    fn new(shape: &Shape, vectors: bool, device: &Properties) -> Self {
+    fn matmul(shape: &Shape, device: &Properties) -> Self {
         let Shape { tokens, n, k, dtype, weight } = *shape;
         if dtype == DType::F32 {
             let tiles = tokens.div_ceil(F32_TILE) as u64 * k.div_ceil(F32_TILE) as u64;
@@ -204,8 +230,10 @@ impl Choice {
                 shared_bytes: 0,
                 splits: splits(tiles, n.div_ceil(F32_STEP), u64::from(device.sm_count)),
                 units: false,
+                nanoseconds: None,
             };
         }
+        let vectors = has_vectors(shape);
         let format = Format::new(weight, vectors);
         let choice = block_product::choose(tokens, k, n, format, Side::Columns, device);
         let ragged = if vectors { "" } else { "_ragged" };
@@ -217,6 +245,7 @@ impl Choice {
             shared_bytes: choice.shared_bytes,
             splits: choice.splits,
             units: false,
+            nanoseconds: Some(choice.nanoseconds),
         }
     }
 }
@@ -255,8 +284,9 @@ impl Plan {
         dy.check("dy", tokens * n, 16, device)?;
         dx.check("dx", tokens * k, 16, device)?;
         workspace.check_at_least("workspace", self.workspace_bytes, 16, device)?;
+        let copy_bytes = if self.dequantize.is_some() { two_passes::bytes(&self.shape) } else { 0 };
         // To the kernel the outputs are dX's columns.
-        let product = Params {
+        let mut product = Params {
             x: dy.address(),
             weight: matmul::weight_params(&self.shape, weight, device)?,
             branch: match low_rank {
@@ -267,7 +297,7 @@ impl Plan {
                 y: dx.address(),
                 bias: 0,
                 row_scale: 0,
-                partial: if self.splits > 1 { workspace.address() } else { 0 },
+                partial: if self.splits > 1 { workspace.address() + copy_bytes as u64 } else { 0 },
             },
             tokens: tokens as u32,
             n: k as u32,
@@ -275,6 +305,11 @@ impl Plan {
             splits: self.splits as u32,
         };
         let Some(kernel) = self.kernel else { return Ok(()) };
+        let mut operand = self.shape;
+        if let Some(dequantize) = &self.dequantize {
+            operand = two_passes::of_copy(&operand);
+            product.weight = two_passes::run(dequantize, queue, weight, &workspace)?;
+        }
         let dropout = dropout::Params::new(self.dropout.as_ref());
         let (transposed, prefill);
         let launch = Launch {
@@ -283,8 +318,7 @@ impl Plan {
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
             params: if kernel.module == "prefill_transposed" {
-                prefill =
-                    PrefillParams::new(queue, &self.shape, &self.tile, Side::Columns, product, dropout)?;
+                prefill = PrefillParams::new(queue, &operand, &self.tile, Side::Columns, product, dropout)?;
                 bytemuck::bytes_of(&prefill)
             } else {
                 transposed = TransposedParams { product, dropout };

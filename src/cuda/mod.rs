@@ -39,6 +39,7 @@ mod queue;
 pub mod raw;
 mod rounds;
 mod tensor_map;
+mod two_passes;
 mod view;
 
 pub use adapter_table::{AdapterTable, AdapterView, LowRank, MAX_RANK, MAX_SLICES, check_adapter_index};

@@ -90,6 +90,8 @@ pub(super) struct Choice {
     pub splits: usize,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// What it takes, on an H200.
+    pub nanoseconds: f64,
 }
 
 /// For `tokens` by `outputs` sums of `length` products.
@@ -113,7 +115,7 @@ pub(super) fn choose(
         finish: FINISH,
         sums: SUMS,
     };
-    let (cost, splits, _) = rounds::fastest(&work, &machine, if codes { &NF4 } else { &DENSE });
+    let (cost, splits, nanoseconds) = rounds::fastest(&work, &machine, if codes { &NF4 } else { &DENSE });
     // What a stage and the rest hold is spelled out in `Layout` of prefill.cuh.
     let stages = match cost.tokens {
         64 => 8,
@@ -126,6 +128,7 @@ pub(super) fn choose(
         tile: Tile { tokens: cost.tokens, rows: OUTPUTS, step: STEP },
         splits,
         shared_bytes: (stages * (stage + 16) + table + 8 * 1024 + cost.tokens * 4) as u32,
+        nanoseconds,
     }
 }
 
