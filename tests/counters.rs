@@ -39,6 +39,8 @@ machine, not how long that takes; times are in `benches/results`.
 ";
 
 const ABOUT_BLOCKS: &str = "\
+A star: W is dequantised first, by a launch of its own.
+
 The percentage is what the multiprocessors have to do, of what they could do while the one with the most works (all tiles and steps taken to
 be alike; blocks of one multiprocessor take turns). `matmul` and `prefill` have the tile and the splits that take least by the model of
 `src/cuda/rounds.rs`, of all that there are (`tests/plans.rs`): a share is split further only where that gains more than adding the parts costs, so
@@ -319,7 +321,8 @@ fn blocks() -> String {
                 let tiles = tokens.div_ceil(tile.tokens) * n.div_ceil(tile.rows);
                 let rounds = (tiles * plan.splits).div_ceil(multiprocessors) * steps.div_ceil(plan.splits);
                 let share = 100 * tiles * steps / (rounds * multiprocessors);
-                format!(" {} in {}, {share} % |", x * y, plan.splits)
+                let two_passes = if plan.dequantize.is_some() { "*" } else { "" };
+                format!(" {} in {}, {share} %{two_passes} |", x * y, plan.splits)
             });
             let kind = if weight == codes { "NF4" } else { "dense" };
             text += &format!("| {kind} {n} x {k} | {name} |{}\n", cells.concat());

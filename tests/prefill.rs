@@ -328,6 +328,38 @@ fn counts() {
     }
 }
 
+/// Of more tiles: W is copied once for each tile of tokens, x once for each of rows.
+#[test]
+fn tiles_are_copied_once_for_each_neighbour() {
+    for (problem, weight) in
+        [(Problem::<bf16>::nf4(512, 384, 256, 64), 4), (Problem::dense(512, 384, 256), 16)]
+    {
+        let outcome = problem.run(&Device::emulate(Spec { sm_count: 1, ..Spec::h200() }));
+        let (tile, counters) = (outcome.plan.tile, outcome.counters.unwrap());
+        let copies = [problem.tokens / tile.tokens, problem.n / tile.rows];
+        assert!(copies[0] > 1 && outcome.plan.splits == 1, "{:?}", outcome.plan);
+        let copied = problem.k * (copies[0] * problem.n * weight + copies[1] * problem.tokens * 16) / 8;
+        assert_eq!(counters.async_bytes as usize, copied);
+        // And multiplied once.
+        assert_eq!(counters.matrix_ops as usize, problem.tokens * problem.n * problem.k);
+    }
+}
+
+/// An adapter of rank r is two products of r more (v is a sum of two bf16). Instructions grow, too; they are a third of what the tensor
+/// cores take (`kernels/SASS.md`). Together that is less than r / k and 3 %.
+#[test]
+fn an_adapter_costs_little() {
+    let device = Device::emulate(Spec { sm_count: 1, ..Spec::h200() });
+    let plain = Problem::<bf16>::nf4(256, 128, 4096, 64);
+    let adapted = Problem { index: None, ..plain.clone().with_adapters(&[16]) };
+    let [plain_counts, counts] = [&plain, &adapted].map(|problem| problem.run(&device).counters.unwrap());
+    assert_eq!(counts.matrix_ops - plain_counts.matrix_ops, 2 * 256 * 128 * 16);
+    let more = |count: u64, plain: u64| count as f64 / plain as f64 - 1.0;
+    let products = more(counts.matrix_ops, plain_counts.matrix_ops);
+    let instructions = more(counts.total().threads, plain_counts.total().threads);
+    assert!(products + instructions / 3.0 <= 0.03 + 16.0 / 4096.0, "{products}, {instructions}");
+}
+
 /// Where the prototypes were timed, a plan without splits names the tile that was fastest, or one within a tenth of it.
 #[test]
 fn plans_follow_what_was_measured() {

@@ -17,9 +17,9 @@ const LAUNCH: f64 = 2500.0;
 /// What a copy moves of a weight: 4.5 bits to be read, 16 to be written.
 const BYTES: f64 = 2.5625;
 
-/// Bytes that memory delivers in a nanosecond, of an H200 (measured) and an A100.
-const H200: f64 = 4300.0;
-const A100: f64 = 1555.0;
+/// Bytes that a multiprocessor moves in a nanosecond: what the memory of an A100 delivers to each of 108 (1.555 TB/s). On an H200
+/// a copy took as long, 158 us for 28672 x 4096 (`benches/results`, *prefill*: what came before cuBLAS), which is half of what memory allows.
+const RATE: f64 = 14.4;
 
 /// The same shape of a copy.
 pub(super) fn of_copy(shape: &Shape) -> Shape {
@@ -27,8 +27,9 @@ pub(super) fn of_copy(shape: &Shape) -> Shape {
 }
 
 /// Whether a product of the copy, which takes `two` nanoseconds, and the copy before it take less than one that takes `one`.
-pub(super) fn take_less(shape: &Shape, hopper: bool, one: f64, two: f64) -> bool {
-    let copy = LAUNCH + BYTES * shape.n as f64 * shape.k as f64 / if hopper { H200 } else { A100 };
+pub(super) fn take_less(shape: &Shape, device: &Properties, one: f64, two: f64) -> bool {
+    let rate = RATE * f64::from(device.sm_count.max(1));
+    let copy = LAUNCH + BYTES * shape.n as f64 * shape.k as f64 / rate;
     shape.weight != WeightFormat::Dense && copy + two < LESS * one
 }
 
