@@ -226,7 +226,7 @@ pub struct Tile {
 pub enum Rounding {
     /// The stored number. Of codes: `value * absmax` in f32, one rounding.
     Exact,
-    /// Codes: `value * absmax` in f32, rounded to x's type: what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    /// Codes: `value * absmax` in f32, rounded to x's type: what [`nf4_dequantize`] gives.
     ToInput,
     /// Codes: `value` rounded to f16, `* absmax` in f32, rounded to x's type. Off by at most 2⁻¹¹ of the weight (and, of a value
     /// below 2⁻¹⁴ of the codebook's largest, 2⁻²⁵ of that) before the last rounding.
@@ -247,7 +247,7 @@ pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// What makes a 16-bit copy of a 4-bit W, in the workspace, which the kernel multiplies then: two passes, where these take less by the
-    /// model. The copy has what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    /// model. The copy has what [`nf4_dequantize`] gives.
     pub dequantize: Option<nf4_dequantize::Plan>,
     /// The kernel; none where y has no elements.
     pub kernel: Option<Kernel>,

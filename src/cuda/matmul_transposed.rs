@@ -8,7 +8,7 @@
 //! | kernel | for | how |
 //! |---|---|---|
 //! | `prefill_transposed` | on Hopper, 16-bit dY from 17 tokens on, rows of whole 16 bytes | the loop of `prefill` (see [`matmul`](mod@super::matmul)): products of warpgroups, which take the columns of a dense W as they lie; codes are decoded to the left operand's registers, as in `prefill` to [`Rounding::Half`] |
-//! | `matmul_transposed` | the rest | `mma.sync`; codes are decoded to what [`nf4_dequantize`](super::nf4_dequantize) gives. f32 dY has f32 products |
+//! | `matmul_transposed` | the rest | `mma.sync`; codes are decoded to what [`nf4_dequantize`] gives. f32 dY has f32 products |
 //!
 //! `prefill_transposed` has run in the emulator only; its tile and splits are chosen by the times that were measured for `prefill`,
 //! and that it should serve from 17 tokens on is modelled, not measured. It takes u and A as sums of two bf16 each, which errs by less than
@@ -90,7 +90,7 @@ pub struct Details {
     /// The shape that it is for.
     pub shape: Shape,
     /// What makes a 16-bit copy of a 4-bit W, in the workspace, which the kernel multiplies then: two passes, where these take less by the
-    /// model. The copy has what [`nf4_dequantize`](super::nf4_dequantize) gives.
+    /// model. The copy has what [`nf4_dequantize`] gives.
     pub dequantize: Option<nf4_dequantize::Plan>,
     /// The kernel; none where dX has no elements.
     pub kernel: Option<Kernel>,
