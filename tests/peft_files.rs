@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lora_kernels::adapter::{Adapter, Lora};
+use lora_kernels::formats::bitsandbytes;
 use lora_kernels::formats::peft::{self, AdapterFile, Bias, Config, Method, Patterns};
 use lora_kernels::{DType, Error, Tensor};
 use mutate::{Folder, Tensors, assert_refused};
@@ -641,6 +642,62 @@ fn adapters_for_modules_that_are_not_there_are_all_listed() {
     assert!(message.contains("model.layers.0.self_attn.q_proj.weight [64, 64] (not there)"), "{message}");
     assert!(message.contains("model.layers.1.mlp.up_proj.weight [96, 64] (it is [96, 65])"), "{message}");
     assert!(!message.contains("k_proj"), "{message}");
+}
+
+/// PEFT fails to load what lacks a tensor of a module that was trained whole, and so it is refused here, by name.
+#[test]
+fn modules_to_save_that_are_not_saved_are_all_listed() {
+    let mut file = load("llama/embed_and_head");
+    let mut base = base("llama");
+    matches(&file, &base).unwrap();
+    file.base_tensors.remove("lm_head.weight");
+    let error = matches(&file, &base).unwrap_err();
+    let wanted = "base_tensors: wanted the tensors of modules_to_save [\"lm_head\"], got no lm_head.weight";
+    assert_eq!(error.to_string(), wanted);
+    // Not when the base does not have it: PEFT names heads of either name.
+    base.remove("lm_head.weight");
+    matches(&file, &base).unwrap();
+    file.config.modules_to_save = vec!["input_layernorm".into(), "model.norm".into()];
+    let message = matches(&file, &base).unwrap_err().to_string();
+    for name in [
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.weight",
+    ] {
+        assert!(message.contains(&format!("no {name}")), "{message}");
+    }
+    assert!(!message.contains("post_attention"), "{message}");
+}
+
+/// Opening a pipe would wait for ever for somebody who writes.
+#[cfg(unix)]
+#[test]
+fn pipes_are_no_files() {
+    let folder = Folder::new("pipes");
+    let pipe = |inside: &str| {
+        let path = folder.0.join(inside);
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        path
+    };
+    let refused = |path: PathBuf, open: fn(PathBuf) -> lora_kernels::Result<()>| {
+        let (send, receive) = std::sync::mpsc::channel();
+        let place = path.display().to_string();
+        std::thread::spawn(move || send.send(open(path).unwrap_err().to_string()));
+        let error = receive.recv_timeout(std::time::Duration::from_secs(20)).expect("an answer");
+        assert!(
+            error.starts_with(&place) && error.contains("wanted a file, got a folder or a device"),
+            "{error}"
+        );
+    };
+    let adapter = |path: PathBuf| peft::load(path.parent().unwrap()).map(drop);
+    fs::create_dir_all(&folder.0).unwrap();
+    refused(pipe(peft::CONFIG), adapter);
+    let model = |path: PathBuf| bitsandbytes::Reader::open(path.parent().unwrap()).map(drop);
+    let config = pipe("config.json");
+    let base = Path::new(DATA).join("llama/base/model.safetensors");
+    fs::copy(base, folder.0.join("model.safetensors")).unwrap();
+    refused(config, model);
+    refused(pipe("model.safetensors.index.json"), |path| bitsandbytes::Reader::open(path).map(drop));
 }
 
 /// An adapter made here: what its configuration does not say cannot be written.

@@ -87,7 +87,7 @@ fn read(model: &str) -> Result<(String, Map<String, Value>)> {
         _ => {
             let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
             let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
-            let bytes = std::fs::read(&path).with_context(|| {
+            let bytes = lora_kernels::formats::read(&path).with_context(|| {
                 format!("{}: cannot be read, and is none of {}", path.display(), names.join(", "))
             })?;
             (path.display().to_string(), bytes)

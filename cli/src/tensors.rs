@@ -1,7 +1,6 @@
 //! Reference data: safetensors files and their JSON sidecars, looked up by name. Every error names the file and the tensor
 //! or key, so that nothing that is missing goes unnoticed.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -174,7 +173,7 @@ impl Sidecar {
     /// Reads `path`.
     pub fn open(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
-        let text = fs::read(path).with_context(|| format!("{place}: cannot be read"))?;
+        let text = lora_kernels::formats::read(path).with_context(|| format!("{place}: cannot be read"))?;
         let value = serde_json::from_slice(&text).with_context(|| format!("{place}: not JSON"))?;
         Ok(Self { place, value })
     }

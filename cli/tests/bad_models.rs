@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::{Output, Set, run};
 use lora_kernels::DType;
 use lora_kernels::formats::bitsandbytes::{self, SaveOptions};
+use lora_kernels::formats::peft;
 use synthetic::{adapter, model};
 
 fn text(path: &Path) -> &str {
@@ -207,6 +208,15 @@ fn adapters_for_other_models() {
         &set,
         &["unmerge", &llama, &path("peft/llama/embed_and_head"), "--out", &out],
         &["replaced", "gone"],
+    );
+    // A module that was trained whole, and is not in the file.
+    let mut headless = peft::load(set.path("peft/llama/embed_and_head")).unwrap();
+    headless.base_tensors.remove("lm_head.weight");
+    headless.save(set.path("headless")).unwrap();
+    refused(
+        &set,
+        &["merge", &llama, &path("headless"), "--out", &out, "--allow-missing"],
+        &["modules_to_save [\"lm_head\"]", "no lm_head.weight"],
     );
     // A table that serves as the output layer too.
     let mut tied = bitsandbytes::load(set.path("peft/llama/base")).unwrap();

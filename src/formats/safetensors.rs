@@ -73,10 +73,7 @@ impl File<'static> {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |source| Error::Io { path: path.to_owned(), source };
-        // Opening a pipe would wait for somebody who writes.
-        if !std::fs::metadata(path).map_err(io)?.is_file() {
-            return Err(Error::format(path.display().to_string(), "a file", "a folder or a device"));
-        }
+        super::check_file(path)?;
         let file = std::fs::File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         let source = Source::Disk { path: path.to_owned(), file };

@@ -113,8 +113,7 @@ impl TrainingState {
     pub fn load(folder: impl AsRef<Path>) -> Result<(AdapterFile, Self)> {
         let folder = folder.as_ref();
         let adapter = peft::load(folder)?;
-        let model = folder.join(peft::MODEL);
-        let model = std::fs::read(&model).map_err(|source| Error::Io { path: model, source })?;
+        let model = crate::formats::read(folder.join(peft::MODEL))?;
         let file = File::open(folder.join(STATE))?;
         let state = Reader { file: &file, adapter: &adapter }.read(fnv1a(&model))?;
         Ok((adapter, state))

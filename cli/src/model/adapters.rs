@@ -1,6 +1,6 @@
 //! The adapters of a merge, by the tensors of the model that they change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -66,6 +66,19 @@ impl Adapters {
     ) -> Result<()> {
         let names = Names::new(source, &file);
         let (mut wrong, mut missing) = (Vec::new(), Vec::new());
+        let saved: BTreeSet<String> = file.base_tensors.keys().map(|name| names.of(name)).collect();
+        let parameters = source.reader().parameters().keys();
+        let lost: Vec<&str> = parameters
+            .filter(|name| file.config.saves(name) && !saved.contains(*name))
+            .map(String::as_str)
+            .collect();
+        ensure!(
+            lost.is_empty(),
+            "{}: its modules_to_save {:?} are not all there: no {}",
+            folder.display(),
+            file.config.modules_to_save,
+            lost.join(", no ")
+        );
         for (module, adapter) in file.adapters {
             let weight = format!("{}.weight", names.of(&module));
             let wanted = adapter.weight_shape();

@@ -83,7 +83,7 @@ impl Output {
     /// Copies a file to the same place within the folder.
     pub fn carry(&self, from: &Path, inside: &Path) -> Result<()> {
         let (from, to) = (from.join(inside), self.path(inside)?);
-        let copied = fs::read(&from).with_context(|| from.display().to_string())?;
+        let copied = lora_kernels::formats::read(&from)?;
         let written =
             File::create(&to).and_then(|mut file| file.write_all(&copied).and_then(|()| file.sync_all()));
         written.with_context(|| to.display().to_string())

@@ -73,7 +73,7 @@ impl Source {
         if !path.exists() {
             return Ok(None);
         }
-        let text = fs::read(&path).with_context(|| path.display().to_string())?;
+        let text = lora_kernels::formats::read(&path)?;
         serde_json::from_slice(&text).map(Some).with_context(|| path.display().to_string())
     }
 

@@ -47,13 +47,24 @@ impl Adapters {
         adapter
     }
 
-    /// A tensor that takes the place of the base model's (`lm_head.weight`), which counts as taken.
-    pub(crate) fn take_base_tensor(&self, name: &str) -> Option<&lora_kernels::Tensor> {
-        let tensor = self.file.base_tensors.get(name);
-        if tensor.is_some() {
-            self.mark(name);
+    /// What takes the place of the base model's tensor `name` at `vb` (`weight` at `lm_head`), which counts as taken. There has to be
+    /// something for all that `modules_to_save` name.
+    pub(crate) fn take_base_tensor(
+        &self,
+        vb: &VarBuilder,
+        name: &str,
+    ) -> Result<Option<&lora_kernels::Tensor>> {
+        let full = format!("{}.{name}", vb.prefix());
+        let tensor = self.file.base_tensors.get(&full);
+        match tensor {
+            Some(_) => self.mark(&full),
+            None if self.file.config.saves(&full) && vb.contains_tensor(name) => {
+                let wanted = format!("the tensors of modules_to_save {:?}", self.file.config.modules_to_save);
+                return refuse("adapters", wanted, format!("no {full}"));
+            }
+            None => {}
         }
-        tensor
+        Ok(tensor)
     }
 
     fn mark(&self, name: &str) {
@@ -65,7 +76,7 @@ impl Adapters {
     /// # Errors
     /// When the table is missing or has another shape, or the adapter does not fit it.
     pub fn embedding(&self, vocabulary: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
-        let table = match self.take_base_tensor(&format!("{}.weight", vb.prefix())) {
+        let table = match self.take_base_tensor(&vb, "weight")? {
             Some(tensor) => from_host(tensor, vb.device())?.to_dtype(vb.dtype())?,
             None => vb.get((vocabulary, dim), "weight")?,
         };

@@ -22,12 +22,18 @@ pub fn linear(
     adapters: &[&Adapters],
 ) -> Result<(Weight, Option<Tensor>)> {
     let replaced = |name: &str| -> Result<Option<Tensor>> {
-        let name = format!("{}.{name}", vb.prefix());
-        let mut tensors = adapters.iter().filter_map(|adapters| adapters.take_base_tensor(&name));
-        match (tensors.next(), adapters.len()) {
+        let tensors = adapters
+            .iter()
+            .map(|adapters| adapters.take_base_tensor(vb, name))
+            .collect::<Result<Vec<_>>>()?;
+        match (tensors.into_iter().flatten().next(), adapters.len()) {
             (None, _) => Ok(None),
             (Some(tensor), 1) => Ok(Some(from_host(tensor, vb.device())?.to_dtype(vb.dtype())?)),
-            _ => refuse(&name, "the base model's own tensor under several adapters", "one of an adapter's"),
+            _ => refuse(
+                &format!("{}.{name}", vb.prefix()),
+                "the base model's own tensor under several adapters",
+                "one of an adapter's",
+            ),
         }
     };
     let weight = match (replaced("weight")?, nf4(vb)?) {

@@ -169,6 +169,19 @@ fn what_a_folder_lacks_or_has_too_much_is_named() {
     assert!(error.contains("model.layers.7.q_proj.weight"), "{error}");
     assert!(Adapters::open(data("nf4_checkpoint")).is_err());
 
+    // A module that was trained whole, and is not in the adapter's file.
+    let mut file = Adapters::open(data("peft/llama/embed_and_head")).unwrap().file().clone();
+    let head = |adapters: &Adapters| {
+        let head = self::vb("peft/llama/base").pp("lm_head");
+        let [n, k] = head.get_unchecked("weight")?.dims2()?.into();
+        LoraLinear::load(k, n, head, adapters).map(drop)
+    };
+    head(&Adapters::new(file.clone())).unwrap();
+    file.base_tensors.remove("lm_head.weight");
+    let error = message(head(&Adapters::new(file)));
+    let wanted = "adapters: wanted the tensors of modules_to_save [\"lm_head\"], got no lm_head.weight";
+    assert_eq!(error, wanted);
+
     let dora = Adapters::open(data("peft/llama/dora_r8")).unwrap();
     let (module, adapter) = dora.file().adapters.iter().next().unwrap();
     let (n, k) = (adapter.out_features(), adapter.in_features());

@@ -16,8 +16,7 @@ const BLOCK: &str = "quantization_config";
 
 /// Reads the file.
 pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    json::object(&path.display().to_string(), &bytes)
+    json::object(&path.display().to_string(), &crate::formats::read(path)?)
 }
 
 /// Checks that the block, where there is one, says of the weights what their own quant_states say.

@@ -417,8 +417,7 @@ fn open_files(path: &Path) -> Result<Vec<File<'static>>> {
         return Ok(vec![File::open(path)?]);
     }
     let place = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    let index = json::object(&place, &bytes)?;
+    let index = json::object(&place, &crate::formats::read(path)?)?;
     let place = format!("{place}: weight_map");
     let map = index.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| Error::format(&place, "an object from tensors to files", "none"))?;

@@ -242,7 +242,7 @@ impl Config {
 
     /// Whether a tensor of the base (`lm_head.weight`) belongs to a module of [`modules_to_save`](Self::modules_to_save). PEFT
     /// goes by the end of the module's name, wherever that begins: `norm` is also `input_layernorm`.
-    pub(super) fn saves(&self, tensor: &str) -> bool {
+    pub fn saves(&self, tensor: &str) -> bool {
         modules(tensor).any(|module| self.modules_to_save.iter().any(|name| module.ends_with(name)))
     }
 

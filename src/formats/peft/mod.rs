@@ -53,8 +53,7 @@ pub struct AdapterFile {
 /// [`Error::Io`] when a file is not there; otherwise as [`AdapterFile::parse`].
 pub fn load(folder: impl AsRef<Path>) -> Result<AdapterFile> {
     let folder = folder.as_ref();
-    let path = folder.join(CONFIG);
-    let config = std::fs::read(&path).map_err(|source| Error::Io { path, source })?;
+    let config = super::read(folder.join(CONFIG))?;
     if !folder.join(MODEL).exists() && folder.join("adapter_model.bin").exists() {
         let place = folder.join("adapter_model.bin").display().to_string();
         return Err(Error::unsupported(place, "a pickle instead of adapter_model.safetensors"));
@@ -106,11 +105,13 @@ impl AdapterFile {
         safetensors::replace(&folder.join(CONFIG), |to| to.write_all(&config))
     }
 
-    /// Checks that every adapter has its module in the base model, with the right shape. `base` lists the base's tensors
-    /// (`model.layers.0.self_attn.q_proj.weight`) with the shapes that they have unquantised.
+    /// Checks that every adapter has its module in the base model, with the right shape, and that `modules_to_save` are all here:
+    /// PEFT fails to load an adapter that lacks one. `base` lists the base's tensors (`model.layers.0.self_attn.q_proj.weight`)
+    /// with the shapes that they have unquantised. (Without the base nobody can tell: PEFT writes `["classifier", "score"]` for
+    /// models that have one of them.)
     ///
     /// # Errors
-    /// [`Error::Argument`] that lists all modules that do not match.
+    /// [`Error::Argument`] that lists all modules that do not match, or all tensors that should have been saved.
     pub fn match_base<'a>(&self, base: impl IntoIterator<Item = (&'a str, &'a [usize])>) -> Result<()> {
         let base: BTreeMap<&str, &[usize]> = base.into_iter().collect();
         let mismatch = |(module, adapter): (&String, &Adapter)| {
@@ -123,10 +124,17 @@ impl AdapterFile {
             }
         };
         let mismatches: Vec<String> = self.adapters.iter().filter_map(mismatch).collect();
-        if mismatches.is_empty() {
-            return Ok(());
+        if !mismatches.is_empty() {
+            let wanted = format!("the {} modules of the adapter", self.adapters.len());
+            return Err(Error::argument("base", wanted, format!("no {}", mismatches.join(", no "))));
         }
-        let wanted = format!("the {} modules of the adapter", self.adapters.len());
-        Err(Error::argument("base", wanted, format!("no {}", mismatches.join(", no "))))
+        let saved = |name: &&&str| self.base_tensors.contains_key(**name);
+        let lost: Vec<&str> =
+            base.keys().filter(|name| self.config.saves(name) && !saved(name)).copied().collect();
+        if !lost.is_empty() {
+            let wanted = format!("the tensors of modules_to_save {:?}", self.config.modules_to_save);
+            return Err(Error::argument("base_tensors", wanted, format!("no {}", lost.join(", no "))));
+        }
+        Ok(())
     }
 }
