@@ -1,6 +1,6 @@
 //! What plans choose, by a model that is written here once more: no tile and no number of splits takes less, and no neighbour's plan does.
 //!
-//! The model takes what is counted (`kernels/SASS.md`) and measured (`benches/results`), and the two assumptions that
+//! The model takes what is counted (`kernels/SASS.md`) and measured (`benches/results`), and the three assumptions that
 //! `src/cuda/block_product.rs` names. It says what should be fast, not what is.
 
 use std::collections::HashMap;
@@ -49,8 +49,15 @@ fn clocks(issue: f64, codes: bool, tile: usize, splits: usize, [tokens, outputs,
     let stages = if codes { 4 } else { 3 };
     let shared = (stages * (tile * 128 + 128 * row)).max(tile * 132 * 4);
     let (together, apart) = (issue.max(tensor).max(l2), (issue + tensor).max(l2));
+    let memory = 2.0 * 466.0 / (stages - 1) as f64;
+    let (together, apart) = (together.max(memory / 2.0), apart.max(memory));
+    let together_alone = together.max(memory);
     let two = rounds > 1.0 && 2 * (shared + 1024) <= 164 << 10;
-    let slice = if two || !codes { together } else { apart };
+    let slice = match (two, codes) {
+        (true, _) => together,
+        (false, true) => apart,
+        (false, false) => together_alone,
+    };
     let work = rounds * (length.div_ceil(64).div_ceil(splits) as f64 * slice + 18.0 * tile as f64);
     let bytes = (outputs * length) as f64 * if codes { 0.5625 } else { 2.0 };
     let per_clock = 1.555e12 / 1.41e9;

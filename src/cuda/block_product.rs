@@ -53,16 +53,16 @@ pub(super) fn choose(
         slices: length.div_ceil(STEP),
         weight_bytes: weight_bytes(outputs, length, format.codes),
     };
+    let (bytes, clock) = if device.capability == (9, 0) { (18.6, 1.755) } else { (BYTES, 1.41) };
     let machine = Machine {
         multiprocessors,
-        bytes: BYTES * multiprocessors as f64,
+        bytes: bytes * multiprocessors as f64,
         finish: FINISH,
-        sums: BYTES / 8.0 * multiprocessors as f64,
+        sums: bytes / 8.0 * multiprocessors as f64,
     };
     let costs: Vec<Cost> =
         issues(format, side).iter().map(|&(tokens, issue)| cost(tokens, issue, format, device)).collect();
     let (cost, splits, clocks) = rounds::fastest(&work, &machine, &costs);
-    let clock = if device.capability == (9, 0) { 1.755 } else { 1.41 };
     Choice { splits, nanoseconds: clocks / clock, ..with_tile(cost.tokens, format) }
 }
 
@@ -78,14 +78,18 @@ pub(super) fn with_tile(tokens: usize, format: Format) -> Choice {
 
 /// What a stage and the end hold is spelled out in `multiply_block` of block_product.cuh.
 fn shared_bytes(tokens: usize, format: Format) -> u32 {
-    let stages = match format {
+    let pipeline = stages(format) * (tokens * STEP * 2 + OUTPUTS * row_bytes(format));
+    let staging = tokens * (OUTPUTS + 4) * size_of::<f32>();
+    pipeline.max(staging) as u32
+}
+
+/// Slices that shared memory holds, of which one is multiplied while the others come.
+fn stages(format: Format) -> usize {
+    match format {
         Format { vectors: false, .. } => 1,
         Format { codes: true, .. } => 4,
         Format { codes: false, .. } => 3,
-    };
-    let pipeline = stages * (tokens * STEP * 2 + OUTPUTS * row_bytes(format));
-    let staging = tokens * (OUTPUTS + 4) * size_of::<f32>();
-    pipeline.max(staging) as u32
+    }
 }
 
 /// Bytes of a row of a tile of W.
@@ -106,14 +110,17 @@ fn weight_bytes(outputs: usize, length: usize, codes: bool) -> u64 {
 /// What a slice of 128 outputs by 64 takes in clocks, of the schedulers (`issue`), of the tensor cores (eight for each token) or of L2, whichever
 /// is the longest.
 ///
-/// Two things in this are assumed. Instructions take half as long again as their number: so it was with the prototypes of `prefill`, that
+/// Three things in this are assumed. Instructions take half as long again as their number: so it was with the prototypes of `prefill`, that
 /// have two warps for each scheduler as well as two blocks here have (510 clocks for 340, see `kernels/SASS.md`). A block that
-/// has a multiprocessor for itself, with one warp for each scheduler, decodes while none of its products is under way.
+/// has a multiprocessor for itself, with one warp for each scheduler, decodes while none of its products is under way. And a slice takes
+/// [`LATENCY`] from memory, so that a block gets no more in that time than the slices that are on their way together.
 fn cost(tokens: usize, issue: u32, format: Format, device: &Properties) -> Cost {
     let (issue, tensor) = (1.5 * f64::from(issue), (8 * tokens) as f64);
     let l2 = (tokens * STEP * 2 + OUTPUTS * row_bytes(format)) as f64 / L2_BYTES;
     let both = issue.max(tensor).max(l2);
     let alone = if format.codes { (issue + tensor).max(l2) } else { both };
+    let memory = LATENCY / (stages(format) - 1).max(1) as f64;
+    let (both, alone) = (both.max(memory / 2.0), alone.max(memory));
     Cost {
         tokens,
         start: 0.0, // the same for all
@@ -123,8 +130,13 @@ fn cost(tokens: usize, issue: u32, format: Format, device: &Properties) -> Cost 
     }
 }
 
-/// Bytes that memory delivers to a multiprocessor of an A100 in a clock: 1.555 TB/s for 108 at 1.41 GHz.
+/// Bytes that memory delivers to a multiprocessor of an A100 in a clock: 1.555 TB/s for 108 at 1.41 GHz. (An H200's copies were measured:
+/// 4.3 TB/s for 132 at 1.755 GHz.)
 const BYTES: f64 = 10.2;
+
+/// Clocks from asking memory for something to having it, while much is asked for. Without load an A100 needs 466 (arXiv:2402.13499);
+/// twice that is assumed.
+const LATENCY: f64 = 932.0;
 
 /// What its L2 delivers to each: 5120 bytes in a clock for 108 (NVIDIA A100 Tensor Core GPU Architecture, 2020).
 const L2_BYTES: f64 = 47.0;
