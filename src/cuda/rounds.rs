@@ -48,28 +48,49 @@ const LEAST_SLICES: usize = 4;
 const MOST_ROUNDS: usize = 8;
 
 /// The time of a launch, and what it would be if W came at once.
-fn time(work: &Work, machine: &Machine, cost: &Cost, splits: usize) -> [f64; 2] {
-    let units = work.tokens.div_ceil(cost.tokens) * work.columns * splits;
-    let rounds = units.div_ceil(machine.multiprocessors);
+fn time(work: &Work, machine: &Machine, cost: &Cost, tiles: usize, splits: usize) -> [f64; 2] {
+    let rounds = (tiles * splits).div_ceil(machine.multiprocessors);
     let slice = if rounds > 1 { cost.shared } else { cost.alone };
-    let tiles = rounds as f64 * (work.slices.div_ceil(splits) as f64 * slice + cost.end);
-    let finish = match splits {
+    let work_time = rounds as f64 * (work.slices.div_ceil(splits) as f64 * slice + cost.end);
+    let others = cost.start + finish(work, machine, splits);
+    [work_time.max(least(work, machine)) + others, work_time + others]
+}
+
+/// What it takes to read W.
+fn least(work: &Work, machine: &Machine) -> f64 {
+    work.weight_bytes as f64 / machine.bytes
+}
+
+/// What it takes to add the parts of sums.
+fn finish(work: &Work, machine: &Machine, splits: usize) -> f64 {
+    match splits {
         1 => 0.0,
         _ => machine.finish + (splits * work.tokens * work.outputs) as f64 / machine.sums,
-    };
-    [tiles.max(work.weight_bytes as f64 / machine.bytes), tiles].map(|tiles| cost.start + tiles + finish)
+    }
 }
 
 /// The cost and the number of splits that take least, and what they take. Of equals what would take less if W came at once, the earlier cost,
 /// and the fewest splits.
 pub(super) fn fastest<'a>(work: &Work, machine: &Machine, costs: &'a [Cost]) -> (&'a Cost, usize, f64) {
-    let choices = costs.iter().flat_map(|cost| {
+    let mut fastest: Option<(&Cost, usize, [f64; 2])> = None;
+    for cost in costs {
         let tiles = work.tokens.div_ceil(cost.tokens) * work.columns;
         let most = (MOST_ROUNDS * machine.multiprocessors).checked_div(tiles).unwrap_or(1);
         let most = most.min(work.slices / LEAST_SLICES).max(1);
-        (1..=most).map(move |splits| (cost, splits, time(work, machine, cost, splits)))
-    });
-    let fastest = choices.min_by(|(_, _, a), (_, _, b)| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])));
+        // All multiprocessors alike, and no end: what no number of splits falls below, but for the parts that are to be added.
+        let even =
+            (tiles * work.slices) as f64 * cost.shared.min(cost.alone) / machine.multiprocessors as f64;
+        let bound = cost.start + even.max(least(work, machine));
+        for splits in 1..=most {
+            if fastest.is_some_and(|(_, _, [time, _])| bound + finish(work, machine, splits) > time) {
+                break; // nor will more
+            }
+            let now = time(work, machine, cost, tiles, splits);
+            if fastest.is_none_or(|(_, _, before)| now < before) {
+                fastest = Some((cost, splits, now));
+            }
+        }
+    }
     let (cost, splits, [time, _]) = fastest.expect("a table has tiles");
     (cost, splits, time)
 }
