@@ -316,3 +316,23 @@ fn two_passes_took_longer_on_hopper() {
     }
     assert!(shapes >= 32);
 }
+
+/// Sizes whose products no integer holds are an error, or a plan, on every device.
+#[test]
+fn the_largest_sizes() {
+    let most = (1 << 31) - 1;
+    for (spec, weight) in
+        [Spec::a100, Spec::h200].into_iter().flat_map(|spec| [NF4, WeightFormat::Dense].map(|w| (spec(), w)))
+    {
+        let device = properties(spec);
+        for k in [most, most - 7, most - 31] {
+            let shape = Shape { tokens: most, n: most, k, dtype: DType::BF16, weight };
+            for error in [
+                matmul::plan(&shape, &device).unwrap_err(),
+                matmul_transposed::plan(&shape, &device).unwrap_err(),
+            ] {
+                assert!(matches!(error, lora_kernels::Error::Argument { .. }), "{error}");
+            }
+        }
+    }
+}

@@ -78,8 +78,8 @@ pub(super) fn fastest<'a>(work: &Work, machine: &Machine, costs: &'a [Cost]) -> 
         let most = (MOST_ROUNDS * machine.multiprocessors).checked_div(tiles).unwrap_or(1);
         let most = most.min(work.slices / LEAST_SLICES).max(1);
         // All multiprocessors alike, and no end: what no number of splits falls below, but for the parts that are to be added.
-        let even =
-            (tiles * work.slices) as f64 * cost.shared.min(cost.alone) / machine.multiprocessors as f64;
+        let slices = tiles as f64 * work.slices as f64;
+        let even = slices * cost.shared.min(cost.alone) / machine.multiprocessors as f64;
         let bound = cost.start + even.max(least(work, machine));
         for splits in 1..=most {
             if fastest.is_some_and(|(_, _, [time, _])| bound + finish(work, machine, splits) > time) {
