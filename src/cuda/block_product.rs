@@ -53,11 +53,11 @@ pub(super) fn choose(
         slices: length.div_ceil(STEP),
         weight_bytes: weight_bytes(outputs, length, format.codes),
     };
-    let (bytes, clock) = if device.capability == (9, 0) { (18.6, 1.755) } else { (BYTES, 1.41) };
+    let (bytes, clock) = if device.capability == (9, 0) { (BYTES_H200, 1.755) } else { (BYTES, 1.41) };
     let machine = Machine {
         multiprocessors,
         bytes: bytes * multiprocessors as f64,
-        finish: FINISH,
+        finish: FINISH * clock,
         sums: bytes / 8.0 * multiprocessors as f64,
     };
     let costs: Vec<Cost> =
@@ -130,9 +130,10 @@ fn cost(tokens: usize, issue: u32, format: Format, device: &Properties) -> Cost 
     }
 }
 
-/// Bytes that memory delivers to a multiprocessor of an A100 in a clock: 1.555 TB/s for 108 at 1.41 GHz. (An H200's copies were measured:
-/// 4.3 TB/s for 132 at 1.755 GHz.)
+/// Bytes that memory delivers to a multiprocessor of an A100 in a clock: 1.555 TB/s for 108 at 1.41 GHz; and to one of an H200: copies of
+/// 4.3 TB/s for 132 at 1.755 GHz.
 const BYTES: f64 = 10.2;
+const BYTES_H200: f64 = 18.6;
 
 /// Clocks from asking memory for something to having it, while much is asked for. Without load an A100 needs 466 (arXiv:2402.13499);
 /// twice that is assumed.
@@ -141,9 +142,9 @@ const LATENCY: f64 = 932.0;
 /// What its L2 delivers to each: 5120 bytes in a clock for 108 (NVIDIA A100 Tensor Core GPU Architecture, 2020).
 const L2_BYTES: f64 = 47.0;
 
-/// What the launch costs that adds the parts of split sums: 2.5 us at 1.41 GHz, as assumed in [`prefill`](super::prefill). Besides, parts
+/// What the launch costs that adds the parts of split sums, in nanoseconds, as assumed in [`prefill`](super::prefill). Besides, parts
 /// are written and read, eight bytes each.
-const FINISH: f64 = 3500.0;
+const FINISH: f64 = 2500.0;
 
 /// Clocks that the schedulers need for a slice's instructions, by tokens of the tile: `issue` of `kernels/SASS.md`, for 8192 weights. Of
 /// rows that are not whole pieces, what the emulator counts.
